@@ -1,0 +1,62 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Ports and knocks as people write them: ``22/tcp``."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+
+PROTOCOLS = ("tcp", "udp")
+HIGHEST_PORT = 65535
+_KNOCK = re.compile(r"([0-9]{1,5})/([a-z]+)", re.ASCII)
+
+
+class Knock(NamedTuple):
+    """One port of one protocol: a knock, or a port to protect."""
+
+    port: int
+    proto: str
+
+    def __str__(self) -> str:
+        return f"{self.port}/{self.proto}"
+
+
+def parse_knock(value: object, option: str, secret: bool = False) -> Knock:
+    """Read ``port/proto``.
+
+    :param value: what the user gave.
+    :param option: the option's name, for the error.
+    :param secret: leave the value out of the error.
+    :raises PortknockError: not ``port/proto``, a port outside 1-65535, or a protocol other than tcp and udp.
+    """
+    match = _KNOCK.fullmatch(value) if isinstance(value, str) else None
+    if match is not None:
+        knock = Knock(int(match.group(1)), match.group(2))
+        if 1 <= knock.port <= HIGHEST_PORT and knock.proto in PROTOCOLS:
+            return knock
+    came = "another value" if secret else repr(value)
+    raise PortknockError(
+        f"{option}: expected port/protocol, a port from 1 to {HIGHEST_PORT} and tcp or udp, such as 22/tcp; got {came}."
+    )
+
+
+def parse_knocks(values: object, option: str, secret: bool = False) -> tuple[Knock, ...]:
+    """Read a list of ``port/proto``; the same port of one protocol twice is an error.
+
+    :raises PortknockError: not a list, an element that is not ``port/proto``, or an element that comes twice.
+    """
+    if not isinstance(values, (list, tuple)):
+        came = "another type" if secret else repr(values)
+        raise PortknockError(f"{option}: expected a list such as [22/tcp]; got {came}.")
+    knocks = tuple(parse_knock(value, option, secret) for value in values)
+    for index, knock in enumerate(knocks):
+        if knock in knocks[:index]:
+            came = "one" if secret else str(knock)
+            raise PortknockError(f"{option}: expected each port once; got {came} twice.")
+    return knocks
+
+
+__all__ = ("HIGHEST_PORT", "PROTOCOLS", "Knock", "parse_knock", "parse_knocks")

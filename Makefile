@@ -1,0 +1,86 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+CACHE := .cache
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/sbin:/sbin
+
+.PHONY: help
+help:
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: demo
+demo: controller fleet-ready ## a fleet of three vanishes, opens and vanishes again
+	@demo/demo.sh
+
+.PHONY: demo-clean
+demo-clean: ## remove the demo's containers, network and files
+	@scripts/fleet.py down demo
+
+.PHONY: test
+test: tools fleet-ready ## everything that can fail: unit, lint, sanity, network namespaces, Molecule
+	@python3 scripts/check.py unit lint sanity netns access molecule
+
+.PHONY: unit lint sanity
+unit: tools ## unit tests
+	@python3 scripts/check.py $@
+lint: tools ## ansible-lint, yamllint, ruff, mypy
+	@python3 scripts/check.py $@
+sanity: tools ## ansible-test sanity
+	@python3 scripts/check.py $@
+
+.PHONY: netns access molecule
+netns: tools fleet-ready ## the gate in network namespaces
+	@python3 scripts/check.py $@
+access: tools fleet-ready ## the connection and the knock against real sshds
+	@python3 scripts/check.py $@
+molecule: tools fleet-ready ## every scenario, or one: make molecule SCENARIO=default
+	@python3 scripts/check.py $(if $(SCENARIO),molecule:$(SCENARIO),molecule)
+
+.PHONY: bench
+bench: controller fleet-ready ## what a run costs, as a ratio to Ansible's own floor
+	@python3 bench/bench.py
+
+.PHONY: images
+images: engine ## the test fleet's images
+	@scripts/images.sh
+
+.PHONY: clean
+clean: ## remove every test fleet, the environment and the caches; images stay
+	@! docker info >/dev/null 2>&1 || scripts/fleet.py down
+	@rm -rf .venv $(CACHE) .mypy_cache .pytest_cache .ruff_cache
+
+.PHONY: clean-images
+clean-images: ## remove the test fleet's images
+	@scripts/images.sh clean
+
+# What the targets above stand on.
+
+.PHONY: packages
+packages:
+	@scripts/packages.sh
+
+.PHONY: engine
+engine: packages
+	@scripts/engine.sh
+
+.PHONY: fleet-ready
+fleet-ready: images
+
+.PHONY: controller
+controller: $(BIN)/.demo link
+.PHONY: tools
+tools: $(BIN)/.test link
+
+.PHONY: link
+link:
+	@mkdir -p $(CACHE)/ansible_collections/fleet
+	@ln -sfn ../../.. $(CACHE)/ansible_collections/fleet/portknock
+
+$(BIN)/.demo $(BIN)/.test: $(BIN)/.%: requirements/%.txt requirements/demo.txt | packages
+	@scripts/venv.sh $*
+	@touch $@

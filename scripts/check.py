@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Runs the project's checks: one header a step, one line a check, everything else in ``.cache/logs``.
+
+Usage: ``check.py STEP...``; a step is one of STEPS, or ``molecule:SCENARIO``. All steps run, whatever fails on the
+way. The last line counts what really ran: where a check is pytest, its tests, and everything else as one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+LOGS = CACHE / "logs"
+TAIL_LINES = 40
+# pytest's closing line: "12 passed, 1 skipped in 3.21s", with or without a frame of = around it.
+CLOSING = re.compile(r"^(?:=+ )?((?:\d+ (?:failed|passed|skipped|errors?|xfailed|xpassed|deselected|warnings?)(?:, )?)+) in [\d.]+s")
+COUNTED = re.compile(r"(\d+) (failed|passed|skipped|error)")
+TERMINAL = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class Check(NamedTuple):
+    """One command; its name is its log's."""
+
+    name: str
+    argv: list[str]
+    directory: Path = ROOT
+
+
+def pytest(name: str, folder: str) -> Iterator[Check]:
+    if (ROOT / folder).is_dir():
+        yield Check(name, ["python3", "-m", "pytest", folder])
+
+
+def unit() -> Iterator[Check]:
+    yield from pytest("unit", "tests/unit")
+
+
+def lint() -> Iterator[Check]:
+    sources = [folder for folder in ("scripts", "tests", "molecule", "bench") if any((ROOT / folder).rglob("*.py"))]
+    scripts = [str(path.relative_to(ROOT)) for folder in ("scripts", "demo") for path in (ROOT / folder).glob("*.sh")]
+    yield Check("yamllint", ["yamllint", "--strict", "."])
+    yield Check("ruff-check", ["ruff", "check", "."])
+    yield Check("ruff-format", ["ruff", "format", "--check", "."])
+    yield Check("mypy-plugins", ["mypy", "-p", "ansible_collections.fleet.portknock.plugins"])
+    yield Check("mypy-rest", ["mypy", *sources])
+    yield Check("shellcheck", ["shellcheck", "-x", "-P", "SCRIPTDIR", *sorted(scripts), ".ci/run"])
+    yield Check("ansible-lint", ["ansible-lint", "--offline", "--strict"])
+
+
+def sanity() -> Iterator[Check]:
+    yield Check("sanity", ["scripts/sanity.sh"])
+
+
+def netns() -> Iterator[Check]:
+    yield from pytest("netns", "tests/netns")
+
+
+def access() -> Iterator[Check]:
+    yield from pytest("access", "tests/access")
+
+
+def molecule(scenario: str = "") -> Iterator[Check]:
+    for path in sorted(ROOT.glob("molecule/*/molecule.yml")):
+        if scenario in ("", path.parent.name):
+            yield Check(f"molecule-{path.parent.name}", ["molecule", "test", "-s", path.parent.name])
+
+
+STEPS = {"unit": unit, "lint": lint, "sanity": sanity, "netns": netns, "access": access, "molecule": molecule}
+
+
+def environment(check: Check) -> dict[str, str]:
+    """The collection is found under .cache, never in the user's home; colours would only blur the logs."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(CACHE),
+        "MYPYPATH": str(CACHE),
+        "ANSIBLE_COLLECTIONS_PATH": str(CACHE),
+        "ANSIBLE_HOME": str(CACHE / "ansible"),
+        "ANSIBLE_NOCOLOR": "1",
+        "NO_COLOR": "1",
+        "MOLECULE_EPHEMERAL_DIRECTORY": str(CACHE / "molecule" / check.name),
+    }
+
+
+def run(check: Check) -> Counter[str]:
+    """Run one check, say how it went, and count."""
+    log = LOGS / f"{check.name}.log"
+    start = time.monotonic()
+    with log.open("wb") as output:
+        done = subprocess.run(
+            check.argv,
+            cwd=check.directory,
+            env=environment(check),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    seconds = time.monotonic() - start
+    lines = TERMINAL.sub("", log.read_text(errors="replace")).splitlines()
+    counts: Counter[str] = Counter()
+    for closing in filter(None, (CLOSING.match(line.strip()) for line in lines)):
+        for number, outcome in COUNTED.findall(closing[1]):
+            counts["failed" if outcome == "error" else outcome] += int(number)
+    told = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if counts[outcome])
+    if done.returncode and not counts["failed"]:
+        counts["failed"] += 1
+    elif not counts:
+        counts["passed"] += 1
+    verdict = "FAILED" if done.returncode else "ok"
+    print(f"  {verdict:7} {check.name:22} {seconds:6.1f} s  {told}".rstrip(), flush=True)
+    if done.returncode:
+        print("\n".join(f"    | {line}" for line in lines[-TAIL_LINES:]))
+        print(f"    the whole log: {log}", flush=True)
+    return counts
+
+
+def main(names: list[str]) -> int:
+    LOGS.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    total: Counter[str] = Counter()
+    for name in names:
+        step, _, argument = name.partition(":")
+        print(f"== {name}", flush=True)
+        checks = list(molecule(argument) if step == "molecule" else STEPS[step]())
+        if not checks:
+            print("  FAILED  there is nothing to run")
+            total["failed"] += 1
+        for check in checks:
+            total += run(check)
+    seconds = time.monotonic() - start
+    print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped in {seconds:.0f} s")
+    return 1 if total["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

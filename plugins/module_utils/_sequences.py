@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from math import factorial
 from random import Random, SystemRandom
-from typing import AbstractSet, Optional, Sequence
+from typing import AbstractSet, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, PROTOCOLS, Knock
@@ -63,7 +63,7 @@ def generate(
     length: int,
     protocols: Sequence[str],
     excluded: AbstractSet[int],
-    random: Optional[Random] = None,
+    random: Random | None = None,
 ) -> tuple[Knock, ...]:
     """Draw a sequence: every one that keeps the rules is equally likely.
 
@@ -88,7 +88,7 @@ def generate(
     return tuple(Knock(port, choices[bits >> index & 1]) for index, port in enumerate(ordered))
 
 
-def _draw_ports(length: int, excluded: AbstractSet[int], random: Random) -> Optional[list[int]]:
+def _draw_ports(length: int, excluded: AbstractSet[int], random: Random) -> list[int] | None:
     """Draw a set of ports by rejection, or give up: None.
 
     A set that breaks the neighbour rule is thrown away as a whole; replacing only its last port would make some

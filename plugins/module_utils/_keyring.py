@@ -1,0 +1,562 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the keyring keeps of a host: its shape, and how it changes.
+
+Plain mappings in and out; reading, encrypting and locking files is ``plugin_utils/_keyring.py``. No error text of
+this module holds a port of a sequence or a seed.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass, replace
+from random import Random
+from typing import AbstractSet, Mapping, NamedTuple, Sequence
+
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._sequences import (
+    DEFAULT_LENGTH,
+    LONGEST,
+    SEED_BYTES,
+    SHORTEST,
+    check,
+    check_length,
+    check_protocols,
+    generate,
+)
+
+FORMAT = 1
+GENERATED = "generated"
+GIVEN = "given"
+SOURCES = (GENERATED, GIVEN)
+
+_OPERATORS_OPTION = "knock_server_operators"
+_SEQUENCES_OPTION = "knock_server_sequences"
+_ADOPT_OPTION = "knock_server_adopt"
+_OPERATOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
+# A keyring inside a folder that is an inventory source is read by Ansible as inventory; under one of these names an
+# operator's sequences would become variables of hosts.
+_INVENTORY_WORDS = ("children", "hosts", "vars")
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
+
+
+@dataclass(frozen=True)
+class StoredSequence:
+    """One sequence, as it is kept.
+
+    ``generation`` is the host's when the sequence was made, ``created`` a UTC time such as 2026-01-31T08:15:00Z.
+    """
+
+    generation: int
+    knocks: tuple[Knock, ...]
+    source: str
+    created: str
+
+    def to_mapping(self) -> dict[str, object]:
+        return {
+            "generation": self.generation,
+            "knocks": [str(knock) for knock in self.knocks],
+            "source": self.source,
+            "created": self.created,
+        }
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator's sequences on a host.
+
+    ``next`` is what is being deployed; it becomes ``current`` once it is proved. Until then both are kept, since
+    the host may honour either.
+    """
+
+    active: bool
+    current: StoredSequence
+    next: StoredSequence | None = None
+
+    @property
+    def wanted(self) -> StoredSequence:
+        """The sequence that the gate is to honour."""
+        return self.current if self.next is None else self.next
+
+    def to_mapping(self) -> dict[str, object]:
+        mapping: dict[str, object] = {"active": self.active, "current": self.current.to_mapping()}
+        if self.next is not None:
+            mapping["next"] = self.next.to_mapping()
+        return mapping
+
+
+@dataclass(frozen=True)
+class HostSecrets:
+    """Everything that the keyring keeps of one host.
+
+    ``generation`` goes up with every change of what is to be deployed. ``avoid`` holds the ports that were in use on
+    the host at that time. ``removed`` marks a host whose gate was taken away.
+    """
+
+    keyring_id: str
+    host: str
+    generation: int
+    tripwire_seed: bytes
+    avoid: frozenset[int]
+    operators: Mapping[str, Operator]
+    removed: bool = False
+
+    @classmethod
+    def from_mapping(cls, data: object, path: str) -> HostSecrets:
+        """Read what :meth:`to_mapping` made.
+
+        :param path: the file, for the error.
+        :raises PortknockError: anything else; the text says where, never what came.
+        """
+        return _read_host(_Node(data, "the file", path))
+
+    def to_mapping(self) -> dict[str, object]:
+        """Return strings, numbers, lists and mappings only, ready for YAML."""
+        return {
+            "format": FORMAT,
+            "keyring": self.keyring_id,
+            "host": self.host,
+            "generation": self.generation,
+            "removed": self.removed,
+            "tripwires": {"seed": self.tripwire_seed.hex(), "avoid": sorted(self.avoid)},
+            "operators": {name: operator.to_mapping() for name, operator in self.operators.items()},
+        }
+
+    def describe(self) -> dict[str, object]:
+        """Return what may be shown of this: for diffs and reports, without a port, protocol or seed."""
+        return {
+            "keyring": self.keyring_id,
+            "host": self.host,
+            "generation": self.generation,
+            "removed": self.removed,
+            "operators": {
+                name: {
+                    "active": operator.active,
+                    "current": _describe(operator.current),
+                    **({} if operator.next is None else {"next": _describe(operator.next)}),
+                }
+                for name, operator in self.operators.items()
+            },
+        }
+
+    def candidates(self, operator: str | None = None) -> list[tuple[str, tuple[Knock, ...]]]:
+        """Return the sequences that a client tries, likeliest first, each with its operator's name.
+
+        :param operator: only this one's.
+        :raises PortknockError: there is no such operator.
+        """
+        if operator is not None and operator not in self.operators:
+            raise PortknockError(
+                f"knock_operator: expected an operator that the keyring knows on {self.host} "
+                f"({', '.join(self.operators)}); got {operator!r}."
+            )
+        chosen = [(name, entry) for name, entry in self.operators.items() if operator in (None, name)]
+        active = [(name, entry) for name, entry in chosen if entry.active]
+        return [
+            *((name, entry.current.knocks) for name, entry in active),
+            *((name, entry.next.knocks) for name, entry in active if entry.next is not None),
+            *((name, entry.current.knocks) for name, entry in chosen if not entry.active),
+        ]
+
+    def wanted(self, operators: Sequence[str]) -> dict[str, list[tuple[Knock, ...]]]:
+        """Return the sequences that the gate honours, by operator.
+
+        :raises PortknockError: the keyring holds no sequence of one of them.
+        """
+        missing = [name for name in operators if name not in self.operators]
+        if missing:
+            raise PortknockError(
+                f"{_OPERATORS_OPTION}: expected operators that the keyring knows on {self.host}; "
+                f"got {', '.join(missing)}."
+            )
+        return {name: [self.operators[name].wanted.knocks] for name in operators}
+
+    def promoted(self) -> HostSecrets:
+        """Return this with every next sequence as the current one: the gate was proved with it."""
+        return replace(
+            self,
+            operators={
+                name: replace(operator, current=operator.wanted, next=None) for name, operator in self.operators.items()
+            },
+        )
+
+    def marked_removed(self) -> HostSecrets:
+        """Return this for a host whose gate was taken away: the sequences are kept."""
+        return replace(self, removed=True)
+
+
+class Plan(NamedTuple):
+    """What a host's entry is to become.
+
+    ``created`` names the operators that get a sequence for the first time; ``warnings`` are sentences.
+    """
+
+    secrets: HostSecrets
+    changed: bool
+    created: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+class HostState(NamedTuple):
+    """What a host's gate says of itself: the keyring that it came from, and its generation."""
+
+    keyring_id: str
+    generation: int
+
+
+def check_operators(values: object) -> tuple[str, ...]:
+    """Return the operators' names.
+
+    :raises PortknockError: not a list of names, none at all, or one twice.
+    """
+    if not isinstance(values, (list, tuple)) or not values:
+        raise PortknockError(f"{_OPERATORS_OPTION}: expected a list of at least one name; got {values!r}.")
+    for index, name in enumerate(values):
+        if not isinstance(name, str) or not _OPERATOR.fullmatch(name):
+            raise PortknockError(
+                f"{_OPERATORS_OPTION}: expected names of 1 to 64 letters, digits, dots, hyphens and underscores that "
+                f"begin with a letter, a digit or an underscore; got {name!r}."
+            )
+        if name in _INVENTORY_WORDS:
+            raise PortknockError(
+                f"{_OPERATORS_OPTION}: expected names other than {', '.join(_INVENTORY_WORDS)}, which Ansible's "
+                f"inventory reserves; got {name!r}."
+            )
+        if name in values[:index]:
+            raise PortknockError(f"{_OPERATORS_OPTION}: expected each name once; got {name!r} twice.")
+    return tuple(str(name) for name in values)
+
+
+def parse_given(value: object, operators: Sequence[str]) -> dict[str, tuple[Knock, ...]]:
+    """Read the sequences that a person gave: operator name to list of ``port/proto``.
+
+    :raises PortknockError: not such a mapping, or an operator that isn't in ``operators``.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise PortknockError(
+            f"{_SEQUENCES_OPTION}: expected a mapping from an operator's name to a list of port/protocol; "
+            f"got another type."
+        )
+    unknown = [str(name) for name in value if name not in operators]
+    if unknown:
+        raise PortknockError(
+            f"{_SEQUENCES_OPTION}: expected operators that {_OPERATORS_OPTION} names ({', '.join(operators)}); "
+            f"got {', '.join(unknown)}."
+        )
+    return {
+        str(name): parse_knocks(knocks, f"{_SEQUENCES_OPTION}, operator {name}", secret=True)
+        for name, knocks in value.items()
+    }
+
+
+def read_host_state(value: object) -> HostState | None:
+    """Read what ``knock_gate_info`` says of the host's gate: None where there is no gate.
+
+    :raises PortknockError: neither empty nor a mapping with a keyring's id and a generation.
+    """
+    if value is None or value == {}:
+        return None
+    if isinstance(value, Mapping):
+        keyring_id, generation = value.get("keyring_id"), _whole_number(value.get("generation"), 1)
+        if isinstance(keyring_id, str) and keyring_id and generation is not None:
+            return HostState(keyring_id, generation)
+    raise PortknockError(
+        "host_state: expected what knock_gate_info reports of the gate, a mapping with keyring_id and generation, or "
+        "an empty one; got neither."
+    )
+
+
+def check_host_state(
+    state: HostState | None, existing: HostSecrets | None, keyring_id: str | None, host: str, adopt: bool
+) -> None:
+    """Refuse a keyring that cannot be the one that this host's gate came from.
+
+    A stale checkout or an empty folder would otherwise replace secrets that work with others.
+
+    :param keyring_id: the id of the keyring folder; None if it has none yet.
+    :param adopt: let it pass.
+    :raises PortknockError: the gate names another keyring, or a generation that the keyring has not reached.
+    """
+    if state is None or adopt:
+        return
+    remedy = f"Use the keyring that the gate came from, or set {_ADOPT_OPTION} to give the host new secrets."
+    if state.keyring_id != keyring_id:
+        raise PortknockError(
+            f"knock_keyring_dir: expected the keyring {state.keyring_id}, from which the gate of {host} came; "
+            f"got {'a new one' if keyring_id is None else keyring_id}. {remedy}"
+        )
+    if existing is None:
+        raise PortknockError(
+            f"knock_keyring_dir: expected an entry for {host}, whose gate has generation {state.generation}; "
+            f"got none. {remedy}"
+        )
+    if existing.generation < state.generation:
+        raise PortknockError(
+            f"knock_keyring_dir: expected generation {state.generation} or later of {host}, which is what its gate "
+            f"has; got {existing.generation}, an older copy. {remedy}"
+        )
+
+
+def plan_secrets(
+    existing: HostSecrets | None,
+    *,
+    keyring_id: str,
+    host: str,
+    operators: Sequence[str],
+    now: str,
+    length: int = DEFAULT_LENGTH,
+    protocols: Sequence[str] = ("tcp",),
+    given: Mapping[str, Sequence[Knock]] | None = None,
+    protected: AbstractSet[int] = frozenset(),
+    nmap_ports: AbstractSet[int] = frozenset(),
+    in_use: AbstractSet[int] = frozenset(),
+    state: HostState | None = None,
+    random: Random | None = None,
+) -> Plan:
+    """Say what a host's entry is to become, so that every operator has a sequence; nothing is written.
+
+    * A sequence that is there stays, whatever length and protocols say: those are for new ones.
+    * A given sequence that differs becomes ``next``; so does a new one where a generated one came to hold a port
+      that is now protected. The former stays known until the new one is promoted.
+    * An operator who isn't named any more becomes inactive and keeps their sequence.
+    * An entry that was marked removed is live again.
+
+    :param now: the time, for what is created, such as 2026-01-31T08:15:00Z.
+    :param state: what the host's gate says of itself. A generation beyond the entry's (an adopted host) is passed by.
+    :raises PortknockError: bad input, or a given sequence that breaks a rule.
+    """
+    names = check_operators(operators)
+    check_length(length)
+    check_protocols(protocols)
+    sequences = {name: tuple(knocks) for name, knocks in (given or {}).items()}
+    warnings: list[str] = []
+    for name, knocks in sequences.items():
+        option = f"{_SEQUENCES_OPTION}, operator {name}"
+        warnings += check(knocks, option, protected=protected, nmap_ports=nmap_ports, in_use=in_use)
+
+    known = {} if existing is None else dict(existing.operators)
+    floor = max(0 if existing is None else existing.generation, 0 if state is None else state.generation)
+    generation = floor + 1
+    taken = {knock.port for knocks in sequences.values() for knock in knocks}
+    for former in known.values():
+        taken.update(knock.port for stored in (former.current, former.next) if stored for knock in stored.knocks)
+
+    def new_sequence() -> StoredSequence:
+        knocks = generate(length, protocols, {*nmap_ports, *in_use, *protected, *taken}, random)
+        taken.update(knock.port for knock in knocks)
+        return StoredSequence(generation, knocks, GENERATED, now)
+
+    planned: dict[str, Operator] = {}
+    created: list[str] = []
+    deployed = 0 if state is None else state.generation
+    for name in names:
+        entry = known.get(name)
+        wish = StoredSequence(generation, sequences[name], GIVEN, now) if name in sequences else None
+        if entry is None:
+            created.append(name)
+            planned[name] = Operator(True, wish or new_sequence())
+            continue
+        entry = replace(entry, active=True)
+        if wish is not None:
+            planned[name] = _with_given(entry, wish, deployed)
+        elif any(knock.port in protected for knock in entry.wanted.knocks):
+            if entry.wanted.source == GIVEN:
+                raise PortknockError(
+                    f"{_SEQUENCES_OPTION}, operator {name}: expected no protected port; the sequence that the keyring "
+                    f"holds, which was given, has one."
+                )
+            planned[name] = _with_next(entry, new_sequence(), deployed)
+        else:
+            planned[name] = entry
+            if entry.wanted.source == GENERATED and len(entry.wanted.knocks) != length:
+                warnings.append(
+                    f"knock_server_sequence_length: the sequence of operator {name} on {host} keeps its "
+                    f"{len(entry.wanted.knocks)} knocks; {length} take effect when it is rotated."
+                )
+    _check_first_knocks({name: planned[name].wanted.knocks for name in names})
+    for name, former in known.items():
+        planned.setdefault(name, replace(former, active=False))
+
+    if existing is None:
+        fresh = HostSecrets(keyring_id, host, generation, secrets.token_bytes(SEED_BYTES), frozenset(in_use), planned)
+        return Plan(fresh, True, tuple(created), tuple(warnings))
+    # The order of what is there is kept: it is the order in which a client tries.
+    ordered = {name: planned[name] for name in (*known, *created)}
+    same = replace(existing, operators=ordered, removed=False, keyring_id=keyring_id)
+    adopted = state is not None and (state.keyring_id != keyring_id or state.generation > existing.generation)
+    if same == existing and not adopted:
+        return Plan(existing, False, (), tuple(warnings))
+    avoid = frozenset(in_use) or existing.avoid
+    return Plan(replace(same, generation=generation, avoid=avoid), True, tuple(created), tuple(warnings))
+
+
+def _with_given(entry: Operator, wish: StoredSequence, deployed: int) -> Operator:
+    """An operator whose sequence a person gives."""
+    if entry.wanted.knocks == wish.knocks:
+        return entry
+    if entry.next is not None and entry.current.knocks == wish.knocks:
+        # Back to the former one; the other may be on the host, so it stays known.
+        return replace(entry, current=entry.next, next=wish)
+    return _with_next(entry, wish, deployed)
+
+
+def _with_next(entry: Operator, following: StoredSequence, deployed: int) -> Operator:
+    """An operator who gets another sequence, while the one that the host honours stays known.
+
+    :param deployed: the generation of the host's gate. It tells which of two sequences the host honours.
+    """
+    if entry.next is not None and entry.next.generation <= deployed:
+        return replace(entry, current=entry.next, next=following)
+    return replace(entry, next=following)
+
+
+def _is_operator(name: object) -> bool:
+    return isinstance(name, str) and _OPERATOR.fullmatch(name) is not None and name not in _INVENTORY_WORDS
+
+
+def _check_first_knocks(sequences: Mapping[str, Sequence[Knock]]) -> None:
+    """Refuse two operators whose sequences begin alike: the gate could not tell them apart."""
+    first: dict[Knock, str] = {}
+    for name, knocks in sequences.items():
+        other = first.setdefault(knocks[0], name)
+        if other != name:
+            raise PortknockError(
+                f"{_SEQUENCES_OPTION}: expected sequences that begin with different knocks; those of {other} and "
+                f"{name} begin alike."
+            )
+
+
+def _describe(stored: StoredSequence) -> dict[str, object]:
+    return {
+        "generation": stored.generation,
+        "knocks": len(stored.knocks),
+        "source": stored.source,
+        "created": stored.created,
+    }
+
+
+def _whole_number(value: object, least: int) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        return value
+    return None
+
+
+class _Node:
+    """One value of a keyring file, with its place for the error."""
+
+    def __init__(self, value: object, place: str, path: str) -> None:
+        self.value = value
+        self._place = place
+        self._path = path
+
+    def damaged(self, expected: str) -> PortknockError:
+        return PortknockError(
+            f"{self._path}: expected {expected} as {self._place}; got something else. The file is damaged or is not "
+            f"a keyring's; restore it from a backup."
+        )
+
+    def mapping(self, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, _Node]:
+        """The values of a mapping with exactly these keys."""
+        keys = f"a mapping of {', '.join(required)}"
+        value = self.value
+        if not isinstance(value, Mapping) or not set(required) <= set(value) <= {*required, *optional}:
+            raise self.damaged(keys)
+        return {key: _Node(item, key, self._path) for key, item in value.items()}
+
+    def named(self) -> dict[str, _Node]:
+        """The values of a mapping whose keys are operators' names."""
+        value = self.value
+        if not isinstance(value, Mapping) or not all(_is_operator(key) for key in value):
+            raise self.damaged("a mapping from operators' names")
+        return {key: _Node(item, f"operator {key}", self._path) for key, item in value.items()}
+
+    def text(self, pattern: str, expected: str) -> str:
+        if not isinstance(self.value, str) or not re.fullmatch(pattern, self.value, re.ASCII):
+            raise self.damaged(expected)
+        return self.value
+
+    def count(self, least: int) -> int:
+        number = _whole_number(self.value, least)
+        if number is None:
+            raise self.damaged(f"a whole number from {least} up")
+        return number
+
+    def flag(self) -> bool:
+        if not isinstance(self.value, bool):
+            raise self.damaged("true or false")
+        return self.value
+
+    def ports(self) -> frozenset[int]:
+        if not isinstance(self.value, list) or not all(
+            _whole_number(port, 0) is not None and port <= HIGHEST_PORT for port in self.value
+        ):
+            raise self.damaged("a list of ports")
+        return frozenset(self.value)
+
+    def knocks(self) -> tuple[Knock, ...]:
+        try:
+            knocks = parse_knocks(self.value, "knocks", secret=True)
+        except PortknockError:
+            raise self.damaged("a list of port/protocol") from None
+        if not SHORTEST <= len(knocks) <= LONGEST:
+            raise self.damaged(f"a list of {SHORTEST} to {LONGEST} knocks")
+        return knocks
+
+
+def _read_host(node: _Node) -> HostSecrets:
+    if isinstance(node.value, Mapping) and _whole_number(node.value.get("format"), FORMAT + 1):
+        raise node.damaged(f"a keyring file of format {FORMAT}, not of a newer one that a later release wrote,")
+    top = node.mapping(("format", "keyring", "host", "generation", "tripwires", "operators"), ("removed",))
+    if top["format"].value != FORMAT:
+        raise top["format"].damaged(str(FORMAT))
+    tripwires = top["tripwires"].mapping(("seed", "avoid"))
+    seed = tripwires["seed"].text(rf"[0-9a-f]{{{2 * SEED_BYTES}}}", f"{2 * SEED_BYTES} hexadecimal digits")
+    return HostSecrets(
+        keyring_id=top["keyring"].text(r"\S{1,64}", "the id of a keyring"),
+        host=top["host"].text(r"[^\x00-\x1f]+", "the name of a host"),
+        generation=top["generation"].count(1),
+        tripwire_seed=bytes.fromhex(seed),
+        avoid=tripwires["avoid"].ports(),
+        operators={name: _read_operator(entry) for name, entry in top["operators"].named().items()},
+        removed=top["removed"].flag() if "removed" in top else False,
+    )
+
+
+def _read_operator(node: _Node) -> Operator:
+    entry = node.mapping(("active", "current"), ("next",))
+    return Operator(
+        active=entry["active"].flag(),
+        current=_read_sequence(entry["current"]),
+        next=_read_sequence(entry["next"]) if "next" in entry else None,
+    )
+
+
+def _read_sequence(node: _Node) -> StoredSequence:
+    entry = node.mapping(("generation", "knocks", "source", "created"))
+    return StoredSequence(
+        generation=entry["generation"].count(1),
+        knocks=entry["knocks"].knocks(),
+        source=entry["source"].text("|".join(SOURCES), " or ".join(SOURCES)),
+        created=entry["created"].text(_TIME.pattern, "a UTC time such as 2026-01-31T08:15:00Z"),
+    )
+
+
+__all__ = (
+    "FORMAT",
+    "GENERATED",
+    "GIVEN",
+    "HostSecrets",
+    "HostState",
+    "Operator",
+    "Plan",
+    "StoredSequence",
+    "check_host_state",
+    "check_operators",
+    "parse_given",
+    "plan_secrets",
+    "read_host_state",
+)

@@ -1,0 +1,396 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Knocking: send a sequence from an unprivileged process and see what it opened.
+
+Only ordinary sockets are used, so that neither the controller nor a person's machine needs root. Times are seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import selectors
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Optional
+
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+
+FAMILIES = {"any": socket.AF_UNSPEC, "inet": socket.AF_INET, "inet6": socket.AF_INET6}
+
+# Back to back is the hardest to disturb; 20 ms apart, packets no longer overtake each other on real paths; then slower.
+GAPS = (0.0, 0.02, 0.2)
+
+# How long a round waits for the port to open, by round; the last one repeats. A connect that a round started goes on
+# in the following ones, so that a path slower than this is no loss.
+_PATIENCE = (0.25, 0.5, 1.0)
+_FIRST_PAUSE = 0.005
+_LONGEST_PAUSE = 0.1
+_BANNER_SIZE = 255
+
+# Linux tells an unprivileged UDP socket of every ICMP error only when asked; not every Python has the constants.
+_RECVERR = (
+    {
+        socket.AF_INET: (socket.IPPROTO_IP, getattr(socket, "IP_RECVERR", 11)),
+        socket.AF_INET6: (socket.IPPROTO_IPV6, getattr(socket, "IPV6_RECVERR", 25)),
+    }
+    if sys.platform.startswith("linux")
+    else {}
+)
+
+
+class Address(NamedTuple):
+    """One address of a host as ``getaddrinfo`` gives it; an IPv6 scope id is kept."""
+
+    family: int
+    sockaddr: tuple[Any, ...]
+
+    @property
+    def host(self) -> str:
+        """The numeric address."""
+        return str(self.sockaddr[0])
+
+    @property
+    def port(self) -> int:
+        """The port that was resolved with it."""
+        return int(self.sockaddr[1])
+
+    def at(self, port: int) -> Address:
+        """The same address with another port."""
+        return Address(self.family, (self.sockaddr[0], port, *self.sockaddr[2:]))
+
+
+class Probe(NamedTuple):
+    """What one look at a port showed.
+
+    ``state`` is open, reset, filtered or unreachable (TCP) or answered, refused, silent or unreachable (UDP).
+    ``error`` is the name of the error that the system reported, such as ECONNREFUSED, or empty. Two looks can be
+    compared as they are.
+    """
+
+    state: str
+    error: str = ""
+    banner: str = ""
+
+
+class KnockResult(NamedTuple):
+    """How knocking went.
+
+    ``state`` is as in :class:`Probe` (TCP); ``address`` is the one that opened, or the last one tried (None where there
+    was none); ``elapsed`` is in seconds; ``attempts`` counts the sequences sent; ``gap`` is the one between the knocks
+    that opened (or of the last try); ``sequence`` is the index of the one that opened, or -1.
+    """
+
+    state: str
+    address: Optional[Address]
+    elapsed: float
+    attempts: int
+    gap: float
+    sequence: int
+    error: str = ""
+
+
+class _Try(NamedTuple):
+    """What a connect that is under way belongs to."""
+
+    address: Address
+    sequence: int
+    gap: float
+
+
+def resolve(host: str, port: int, family: str = "any") -> list[Address]:
+    """The addresses of a host in the order in which ssh tries them.
+
+    :param family: any, inet or inet6, as ssh's AddressFamily.
+    :raises PortknockError: unknown family, or a name that does not resolve.
+    """
+    if family not in FAMILIES:
+        raise PortknockError(f"family: expected any, inet or inet6; got {family!r}.")
+    try:
+        found = socket.getaddrinfo(host, port, FAMILIES[family], socket.SOCK_STREAM)
+    except (OSError, UnicodeError, OverflowError) as exc:
+        raise PortknockError(f"host: expected a name or an address that resolves; got {host!r}: {exc}.") from exc
+    return [Address(kind, sockaddr) for kind, unused_type, unused_proto, unused_name, sockaddr in found]
+
+
+def send(address: Address, knocks: Sequence[Knock], gap: float = 0.0, source: Optional[str] = None) -> None:
+    """Send one sequence, ``gap`` seconds between two knocks.
+
+    :param source: the local address to knock from; None leaves it to the system.
+    :raises OSError: there is no way to the address.
+    """
+    for index, knock in enumerate(knocks):
+        if index and gap:
+            time.sleep(gap)
+        target = address.at(knock.port).sockaddr
+        if knock.proto == "udp":
+            with _socket(address.family, socket.SOCK_DGRAM, source) as sock:
+                sock.sendto(b"", target)
+        else:
+            # Closing a socket whose connect is under way sends nothing more: one knock is one SYN, without repeats.
+            with _socket(address.family, socket.SOCK_STREAM, source) as sock:
+                code = sock.connect_ex(target)
+            if code not in (0, errno.EINPROGRESS, errno.ECONNREFUSED):
+                raise OSError(code, errno.errorcode.get(code, "error"))
+
+
+def probe(address: Address, timeout: float, banner: bool = False, source: Optional[str] = None) -> Probe:
+    """Look at a TCP port with one connect.
+
+    :param banner: where it opens, also read the first line that the service sends, within the same timeout.
+    """
+    deadline = time.monotonic() + timeout
+    with _connects(source) as connects:
+        connects.start(_Try(address, 0, 0.0), address.port)
+        found = connects.wait(deadline)
+        if found is None:
+            return Probe("filtered", "ETIMEDOUT")
+        unused_try, seen, sock = found
+        if seen.state == "open" and banner:
+            return seen._replace(banner=_read_banner(sock, deadline))
+        return seen
+
+
+def probe_udp(
+    address: Address, timeout: float, payload: bytes = b"", source: Optional[str] = None
+) -> Probe:
+    """Look at a UDP port with one datagram: answered, refused (port unreachable), silent or unreachable."""
+    with _socket(address.family, socket.SOCK_DGRAM, source) as sock:
+        if address.family in _RECVERR:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(*_RECVERR[address.family], 1)
+        sock.settimeout(timeout)
+        try:
+            sock.connect(address.sockaddr)
+            sock.send(payload)
+            sock.recv(1)
+        except socket.timeout:
+            return Probe("silent")
+        except OSError as exc:
+            state = "refused" if exc.errno == errno.ECONNREFUSED else "unreachable"
+            return Probe(state, _error_name(exc.errno))
+    return Probe("answered")
+
+
+def knock_until_open(
+    addresses: Sequence[Address],
+    knocks: Sequence[Knock],
+    port: int,
+    timeout: float,
+    gaps: Sequence[float] = GAPS,
+    source: Optional[str] = None,
+) -> KnockResult:
+    """Knock with one sequence until the port opens; see :func:`knock_with_any`."""
+    return knock_with_any(addresses, [knocks], port, timeout, gaps, source)
+
+
+def knock_with_any(
+    addresses: Sequence[Address],
+    sequences: Sequence[Sequence[Knock]],
+    port: int,
+    timeout: float,
+    gaps: Sequence[float] = GAPS,
+    source: Optional[str] = None,
+) -> KnockResult:
+    """Knock with each sequence in turn until the TCP port opens, first back to back, then with growing gaps.
+
+    The knock comes first: a closed port is never waited for. Between two rounds the port is polled, and the polling
+    ends with the first connect that succeeds, so that a service is troubled with one empty connection. The next address
+    is tried where one does not open. Ends early where no address can be reached.
+    """
+    begun = time.monotonic()
+    deadline = begun + timeout
+    attempts = 0
+    last = _Try(addresses[0], -1, gaps[0]) if addresses else None
+    seen = Probe("unreachable")
+    with _connects(source) as connects:
+        for number, gap in _rounds(gaps):
+            reachable = False
+            patience = _PATIENCE[min(number, len(_PATIENCE) - 1)]
+            for index, knocks in enumerate(sequences):
+                for address in addresses:
+                    if attempts and time.monotonic() >= deadline:
+                        return _result(begun, attempts, last, seen)
+                    last = _Try(address, index, gap)
+                    attempts += 1
+                    try:
+                        send(address, knocks, gap, source)
+                    except OSError as exc:
+                        seen = Probe("unreachable", _error_name(exc.errno))
+                        continue
+                    opened, seen = _poll(connects, last, port, min(deadline, time.monotonic() + patience))
+                    if opened is not None:
+                        return _result(begun, attempts, opened, seen)
+                    reachable = reachable or seen.state != "unreachable"
+            if not reachable:
+                return _result(begun, attempts, last, seen)
+    raise AssertionError("the rounds end by returning")
+
+
+def _rounds(gaps: Sequence[float]) -> Iterator[tuple[int, float]]:
+    """The number and the gap of each round; the last gap repeats for ever."""
+    number = 0
+    while True:
+        yield number, gaps[min(number, len(gaps) - 1)]
+        number += 1
+
+
+def _result(begun: float, attempts: int, last: Optional[_Try], seen: Probe) -> KnockResult:
+    return KnockResult(
+        state=seen.state,
+        address=last.address if last else None,
+        elapsed=time.monotonic() - begun,
+        attempts=attempts,
+        gap=last.gap if last else 0.0,
+        sequence=last.sequence if last and seen.state == "open" else -1,
+        error=seen.error,
+    )
+
+
+def _poll(connects: _Connects, attempt: _Try, port: int, until: float) -> tuple[Optional[_Try], Probe]:
+    """Connect, and again after each reset, until the port opens (then the try that opened it comes back) or time is up."""
+    pause = _FIRST_PAUSE
+    seen = Probe("filtered", "ETIMEDOUT")
+    connects.start(attempt, port)
+    while True:
+        found = connects.wait(until)
+        if found is None:
+            return None, seen
+        finished, seen, unused_sock = found
+        if seen.state == "open":
+            return finished, seen
+        if finished.address != attempt.address:
+            continue
+        if seen.state == "unreachable":
+            return None, seen
+        # Refused connects never reach the service, so polling a closed port costs it nothing.
+        time.sleep(max(0.0, min(pause, until - time.monotonic())))
+        pause = min(2 * pause, _LONGEST_PAUSE)
+        if time.monotonic() >= until:
+            return None, seen
+        connects.start(attempt, port)
+
+
+class _Connects:
+    """Connects that are under way at the same time."""
+
+    def __init__(self, source: Optional[str]) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._source = source
+        self._finished: list[tuple[_Try, Probe, socket.socket]] = []
+        self._sockets: list[socket.socket] = []
+
+    def start(self, attempt: _Try, port: int) -> None:
+        """Begin a connect."""
+        sock = _bare_socket(attempt.address.family, socket.SOCK_STREAM)
+        self._sockets.append(sock)
+        try:
+            _bind(sock, attempt.address.family, self._source)
+            code = sock.connect_ex(attempt.address.at(port).sockaddr)
+        except OSError as exc:
+            code = exc.errno or errno.EADDRNOTAVAIL
+        if code == errno.EINPROGRESS:
+            self._selector.register(sock, selectors.EVENT_WRITE, attempt)
+        else:
+            self._finished.append((attempt, _connect_outcome(code), sock))
+
+    def wait(self, until: float) -> Optional[tuple[_Try, Probe, socket.socket]]:
+        """The next connect that ends before ``until`` (monotonic clock), or None."""
+        while not self._finished:
+            left = until - time.monotonic()
+            if left <= 0 or not self._selector.get_map():
+                return None
+            for key, unused_events in self._selector.select(left):
+                sock = key.fileobj
+                assert isinstance(sock, socket.socket)
+                self._selector.unregister(sock)
+                outcome = _connect_outcome(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+                self._finished.append((key.data, outcome, sock))
+        # An open one first: whatever else ended meanwhile no longer matters.
+        self._finished.sort(key=lambda entry: entry[1].state != "open")
+        return self._finished.pop(0)
+
+    def close(self) -> None:
+        """Give up what is still under way; no further packet is sent for it."""
+        for sock in self._sockets:
+            sock.close()
+        self._selector.close()
+
+
+@contextlib.contextmanager
+def _connects(source: Optional[str]) -> Iterator[_Connects]:
+    connects = _Connects(source)
+    try:
+        yield connects
+    finally:
+        connects.close()
+
+
+def _connect_outcome(code: int) -> Probe:
+    if code == 0:
+        return Probe("open")
+    if code in (errno.ECONNREFUSED, errno.ECONNRESET):
+        return Probe("reset", _error_name(code))
+    if code == errno.ETIMEDOUT:
+        return Probe("filtered", _error_name(code))
+    return Probe("unreachable", _error_name(code))
+
+
+def _read_banner(sock: socket.socket, deadline: float) -> str:
+    """The first line that the service sends, as far as it comes before the deadline."""
+    received = b""
+    while b"\n" not in received and len(received) < _BANNER_SIZE:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        sock.settimeout(left)
+        try:
+            chunk = sock.recv(_BANNER_SIZE - len(received))
+        except OSError:
+            break
+        if not chunk:
+            break
+        received += chunk
+    return received.split(b"\n")[0].decode("ascii", "replace").rstrip("\r")
+
+
+@contextlib.contextmanager
+def _socket(family: int, kind: int, source: Optional[str]) -> Iterator[socket.socket]:
+    """A non-blocking socket, bound to the source address where one is wanted."""
+    with _bare_socket(family, kind) as sock:
+        _bind(sock, family, source)
+        yield sock
+
+
+def _bare_socket(family: int, kind: int) -> socket.socket:
+    sock = socket.socket(family, kind)
+    sock.setblocking(False)
+    return sock
+
+
+def _bind(sock: socket.socket, family: int, source: Optional[str]) -> None:
+    if source is not None:
+        # Through getaddrinfo, for the scope id of a link-local address.
+        sock.bind(socket.getaddrinfo(source, 0, family, sock.type, 0, socket.AI_NUMERICHOST)[0][4])
+
+
+def _error_name(code: Optional[int]) -> str:
+    return errno.errorcode.get(code or 0, "")
+
+
+__all__ = (
+    "FAMILIES",
+    "GAPS",
+    "Address",
+    "KnockResult",
+    "Probe",
+    "knock_until_open",
+    "knock_with_any",
+    "probe",
+    "probe_udp",
+    "resolve",
+    "send",
+)

@@ -1,0 +1,104 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Where ssh would really go.
+
+Only ssh itself knows: aliases, Match blocks and canonical names live in its configuration. ``ssh -G`` prints the outcome
+without connecting.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._knocking import FAMILIES
+
+
+@dataclass(frozen=True)
+class Destination:
+    """What ssh would connect to.
+
+    ``host`` is the name or address after ssh's configuration, ``family`` any, inet or inet6. ``proxied`` is True where a
+    ProxyJump or ProxyCommand stands between, so that this machine's packets would come from the wrong address.
+    ``source`` is ssh's BindAddress and ``control_path`` its ControlPath, or None.
+    """
+
+    host: str
+    port: int
+    family: str = "any"
+    proxied: bool = False
+    source: str | None = None
+    control_path: str | None = None
+
+
+def ssh_arguments(option: Callable[[str], Any]) -> list[str]:
+    """The arguments that decide where core's ssh connection goes, in its order.
+
+    :param option: reads an option of the connection plugin, such as its ``get_option``.
+    """
+    arguments = shlex.split(option("ssh_args") or "")
+    if option("port") is not None:
+        arguments += ["-o", f"Port={option('port')}"]
+    if option("remote_user"):
+        arguments += ["-o", f'User="{option("remote_user")}"']
+    for name in ("ssh_common_args", "ssh_extra_args"):
+        arguments += shlex.split(option(name) or "")
+    return arguments
+
+
+def locate(executable: str, arguments: Sequence[str], host: str, timeout: float) -> Destination:
+    """Ask ssh where it would go.
+
+    :param timeout: seconds; ssh's configuration may run commands (``Match exec``).
+    :raises PortknockError: ssh could not be run, refused the arguments, or said something unexpected.
+    """
+    try:
+        finished = subprocess.run(
+            [executable, "-G", *arguments, "--", host],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired) as exc:
+        raise PortknockError(f"ssh_executable: expected {executable!r} to answer -G; got {exc}.") from exc
+    if finished.returncode != 0:
+        lines = finished.stderr.strip().splitlines() or [f"return code {finished.returncode}"]
+        raise PortknockError(f"ssh_executable: expected {executable!r} to answer -G; got {lines[-1]!r}.")
+    return read_configuration(finished.stdout)
+
+
+def read_configuration(text: str) -> Destination:
+    """Read the output of ``ssh -G``.
+
+    :raises PortknockError: no host name or no port in it.
+    """
+    settings: dict[str, str] = {}
+    for line in text.splitlines():
+        keyword, unused_blank, value = line.partition(" ")
+        settings.setdefault(keyword.lower(), value.strip())
+
+    def given(keyword: str) -> str | None:
+        value = settings.get(keyword, "")
+        return value if value and value.lower() != "none" else None
+
+    host, port, family = given("hostname"), settings.get("port", ""), settings.get("addressfamily", "any")
+    if host is None or not port.isdigit() or family not in FAMILIES:
+        raise PortknockError("ssh_executable: expected hostname, port and addressfamily from -G; got something else.")
+    return Destination(
+        host=host,
+        port=int(port),
+        family=family,
+        proxied=given("proxyjump") is not None or given("proxycommand") is not None,
+        source=given("bindaddress"),
+        control_path=given("controlpath"),
+    )
+
+
+__all__ = ("Destination", "locate", "read_configuration", "ssh_arguments")

@@ -256,17 +256,19 @@ def parse_given(value: object, operators: Sequence[str]) -> dict[str, tuple[Knoc
 def read_host_state(value: object) -> HostState | None:
     """Read what ``knock_gate_info`` says of the host's gate: None where there is no gate.
 
-    :raises PortknockError: neither empty nor a mapping with a keyring's id and a generation.
+    :raises PortknockError: neither empty nor a mapping that names the gate's keyring and its generation.
     """
-    if value is None or value == {}:
+    if value is None:
         return None
     if isinstance(value, Mapping):
-        keyring_id, generation = value.get("keyring_id"), _whole_number(value.get("generation"), 1)
+        keyring_id, generation = value.get("keyring"), _whole_number(value.get("generation"), 1)
+        if keyring_id is None:
+            return None
         if isinstance(keyring_id, str) and keyring_id and generation is not None:
             return HostState(keyring_id, generation)
     raise PortknockError(
-        "host_state: expected what knock_gate_info reports of the gate, a mapping with keyring_id and generation, or "
-        "an empty one; got neither."
+        "host_state: expected what knock_gate_info reports as gate, a mapping with keyring and generation; "
+        "got something else."
     )
 
 

@@ -1,0 +1,424 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The keyring on the controller: one file a host, vault-encrypted, replaced atomically under one lock.
+
+A folder of files::
+
+    keyring.json     the keyring's id, no secret; every host's file repeats it
+    .lock            held by whoever writes
+    web1.yml         the secrets of web1, in the shape of module_utils/_keyring.py
+
+Decrypted data is in no error text, no log and no variable of a task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+import yaml
+from ansible import constants
+from ansible.errors import AnsibleError
+from ansible.parsing.vault import AnsibleVaultError, VaultLib, VaultSecretsContext, match_encrypt_secret
+from ansible_collections.fleet.portknock.plugins.doc_fragments.keyring import ModuleDocFragment
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets
+
+DEFAULT_FOLDER = "knock_keyring"
+_IDENTITY_FILE = "keyring.json"
+_LOCK_FILE = ".lock"
+# One name will do, since only the holder of the lock writes; what a killed writer left is simply written over.
+# The leading dot keeps it out of what Ansible reads where the folder lies inside an inventory.
+_TEMPORARY_FILE = ".writing"
+_LOCK_SECONDS = 20.0
+_POLL_SECONDS = 0.02
+_ENCRYPTED = b"$ANSIBLE_VAULT;"
+_HOW_TO_GIVE_A_SECRET = (
+    "Give the run a vault secret, such as --vault-id or --vault-password-file on the command line, or "
+    "vault_password_file in ansible.cfg"
+)
+_ENCRYPT_IDENTITY = "DEFAULT_VAULT_ENCRYPT_IDENTITY"
+_Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Dumper: type = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class Cipher(Protocol):
+    """What encrypts and decrypts the files."""
+
+    def encrypt(self, plaintext: bytes) -> bytes:
+        """:raises PortknockError: it can't."""
+
+    def decrypt(self, vaulttext: bytes) -> bytes:
+        """:raises PortknockError: it can't; the text does not name the file."""
+
+
+class RunVault:
+    """The vault secrets that an Ansible run was given: encrypts with the one that core would take, decrypts with any."""
+
+    def __init__(self, secrets: list[tuple[str, Any]]) -> None:
+        self._secrets = secrets
+        self._vault = VaultLib(secrets)
+
+    def encrypt(self, plaintext: bytes) -> bytes:
+        try:
+            identity, secret = match_encrypt_secret(self._secrets, constants.config.get_config_value(_ENCRYPT_IDENTITY))
+        except AnsibleVaultError:
+            known = ", ".join(identity for identity, _secret in self._secrets)
+            raise PortknockError(
+                f"vault_encrypt_identity: expected one of the vault identities of this run ({known}); got "
+                f"{constants.config.get_config_value(_ENCRYPT_IDENTITY)}."
+            ) from None
+        encrypted: bytes = self._vault.encrypt(plaintext, secret, identity)
+        return encrypted
+
+    def decrypt(self, vaulttext: bytes) -> bytes:
+        try:
+            plaintext: bytes = self._vault.decrypt(vaulttext)
+        except AnsibleError:
+            known = ", ".join(identity for identity, _secret in self._secrets)
+            raise PortknockError(
+                f"expected a file that a vault secret of this run decrypts ({known}); none does, so it was encrypted "
+                f"with another or is damaged."
+            ) from None
+        return plaintext
+
+
+class Keyring:
+    """The folder of secrets.
+
+    :param directory: the folder; it need not be there yet.
+    :param vault: None where the run was given no vault secret.
+    :param plaintext: write plain files. Without this and without a vault nothing is written.
+    :param lock_seconds: how long a writer waits for another one.
+    """
+
+    def __init__(
+        self, directory: Path, vault: Cipher | None, plaintext: bool, lock_seconds: float = _LOCK_SECONDS
+    ) -> None:
+        self.directory = directory
+        self._vault = vault
+        self._plaintext = plaintext
+        self._lock_seconds = lock_seconds
+        self._id: str | None = None
+        self.founded = False
+
+    @property
+    def id(self) -> str | None:
+        """The keyring's id; None until its first use. Inside a change it is always set.
+
+        :raises PortknockError: the folder or its id can't be read.
+        """
+        if self._id is None:
+            self._id = self._read_id()
+        return self._id
+
+    def path(self, host: str) -> Path:
+        """The file of a host: its name in the inventory, percent-encoded where it would not do as a file's name."""
+        name = quote(host, safe="")
+        # No leading dot: the folder's own files have one.
+        return self.directory / f"{'%2E' + name[1:] if name.startswith('.') else name}.yml"
+
+    def load(self, host: str) -> HostSecrets | None:
+        """Return what is kept of a host; None where there is nothing.
+
+        :raises PortknockError: the file can't be read or decrypted, is damaged, or is another keyring's or host's.
+        """
+        return self._parse(host, self._read(self.path(host)), self.id)
+
+    def update(self, host: str, change: Callable[[HostSecrets | None], HostSecrets]) -> tuple[HostSecrets, bool]:
+        """Change what is kept of a host; return it, and whether it was written.
+
+        Everything is checked before anything is written, so whatever is raised, the former file is there.
+
+        :param change: called with what is kept and, where another writer came between, once more. It may raise.
+        :raises PortknockError: as :meth:`load`; no vault secret to encrypt with; the lock is held for too long.
+        """
+        if self._vault is None and not self._plaintext:
+            raise PortknockError(
+                f"The keyring {self.directory}: expected a vault secret to encrypt it with; got none. "
+                f"{_HOW_TO_GIVE_A_SECRET}, or set knock_keyring_plaintext to keep plain files."
+            )
+        path = self.path(host)
+        founded = self.id is None
+        if founded:
+            self._id = str(uuid.uuid4())
+        before = self._read(path)
+        existing = self._parse(host, before, self._id)
+        wanted = change(existing)
+        if wanted == existing:
+            return wanted, False
+        if founded:
+            self._make_directory()
+        with self._locked():
+            kept_id, now = self._read_id(), self._read(path)
+            if founded and kept_id is None:
+                self._write(
+                    self.directory / _IDENTITY_FILE, json.dumps({"format": 1, "keyring": self._id}).encode() + b"\n"
+                )
+                self.founded = True
+            elif kept_id != self._id or now != before:
+                self._id = kept_id
+                existing = self._parse(host, now, kept_id)
+                wanted = change(existing)
+                if wanted == existing:
+                    return wanted, False
+            self._write(path, self._render(wanted))
+        return wanted, True
+
+    def promote(self, host: str) -> bool:
+        """Make each next sequence of a host the current one, after the gate was proved; return whether that changed.
+
+        :raises PortknockError: as :meth:`update`, or nothing is kept of the host.
+        """
+        return self.update(host, lambda kept: self._entry(host, kept).promoted())[1]
+
+    def mark_removed(self, host: str) -> bool:
+        """Mark a host's entry, if there is one, as that of a host whose gate was taken away; return whether it changed.
+
+        :raises PortknockError: as :meth:`update`.
+        """
+        if self.load(host) is None:
+            return False
+        return self.update(host, lambda kept: self._entry(host, kept).marked_removed())[1]
+
+    def purge(self, host: str) -> bool:
+        """Delete a host's file, if it is there and is this keyring's; return whether it was.
+
+        :raises PortknockError: as :meth:`load`; the lock is held for too long.
+        """
+        if self.load(host) is None:
+            return False
+        with self._locked(), self._reported("delete", self.path(host)):
+            self.path(host).unlink(missing_ok=True)
+            _sync_directory(self.directory)
+        return True
+
+    def _entry(self, host: str, kept: HostSecrets | None) -> HostSecrets:
+        if kept is None:
+            raise PortknockError(f"The keyring {self.directory}: expected an entry for {host}; got none.")
+        return kept
+
+    def _parse(self, host: str, content: bytes | None, keyring_id: str | None) -> HostSecrets | None:
+        if content is None:
+            return None
+        path = self.path(host)
+        if keyring_id is None:
+            raise PortknockError(
+                f"{self.directory / _IDENTITY_FILE}: expected the id of the keyring that {path.name} belongs to; the "
+                f"file is missing. Restore it from a backup."
+            )
+        data = self._load_yaml(path, self._decrypted(path, content))
+        kept = HostSecrets.from_mapping(data, str(path))
+        if kept.keyring_id != keyring_id:
+            raise PortknockError(
+                f"{path}: expected a file of the keyring {keyring_id}; got one of the keyring {kept.keyring_id}."
+            )
+        if kept.host != host:
+            raise PortknockError(f"{path}: expected the secrets of {host}; got those of {kept.host}.")
+        return kept
+
+    def _decrypted(self, path: Path, content: bytes) -> bytes:
+        if not content.startswith(_ENCRYPTED):
+            if not self._plaintext:
+                raise PortknockError(
+                    f"{path}: expected a vault-encrypted file; got a plain or damaged one. Encrypt it with "
+                    f"ansible-vault encrypt, or set knock_keyring_plaintext to keep plain files."
+                )
+            if path.stat().st_mode & 0o077:
+                raise PortknockError(
+                    f"{path}: expected a plain file that only its owner may read (mode 0600); got mode "
+                    f"{path.stat().st_mode & 0o777:04o}."
+                )
+            return content
+        if self._vault is None:
+            raise PortknockError(
+                f"{path}: expected a vault secret to decrypt it with; got none. {_HOW_TO_GIVE_A_SECRET}."
+            )
+        try:
+            return self._vault.decrypt(content)
+        except PortknockError as exc:
+            raise PortknockError(f"{path}: {exc}") from None
+
+    @staticmethod
+    def _load_yaml(path: Path, text: bytes) -> object:
+        try:
+            return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader, in C where it is there
+        except (yaml.YAMLError, ValueError):
+            # What the parser says quotes the text.
+            raise PortknockError(
+                f"{path}: expected YAML; got something else. The file is damaged; restore it from a backup."
+            ) from None
+
+    def _render(self, wanted: HostSecrets) -> bytes:
+        text = yaml.dump(wanted.to_mapping(), Dumper=_Dumper, sort_keys=False).encode()
+        if self._plaintext or self._vault is None:
+            return text
+        return self._vault.encrypt(text)
+
+    def _read_id(self) -> str | None:
+        path = self.directory / _IDENTITY_FILE
+        content = self._read(path)
+        if content is None:
+            return None
+        try:
+            data = json.loads(content)
+            keyring_id = data["keyring"] if data["format"] == 1 else None
+        except (ValueError, TypeError, LookupError):
+            keyring_id = None
+        if not isinstance(keyring_id, str) or not keyring_id:
+            raise PortknockError(
+                f"{path}: expected a keyring's id of format 1; got something else. The file is damaged or is not a "
+                f"keyring's; restore it from a backup."
+            )
+        return keyring_id
+
+    def _read(self, path: Path) -> bytes | None:
+        """A file's content; None where there is no such file."""
+        with self._reported("read", path):
+            try:
+                return path.read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def _make_directory(self) -> None:
+        with self._reported("make", self.directory):
+            try:
+                self.directory.mkdir(mode=0o700)
+            except FileExistsError:
+                return
+            _sync_directory(self.directory.parent)
+
+    def _write(self, path: Path, content: bytes) -> None:
+        """Replace a file so that a crash at any moment leaves the former or the new one. Needs the lock."""
+        temporary = self.directory / _TEMPORARY_FILE
+        with self._reported("write", path):
+            temporary.unlink(missing_ok=True)
+            try:
+                with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            _sync_directory(self.directory)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        path = self.directory / _LOCK_FILE
+        deadline = time.monotonic() + self._lock_seconds
+        with self._reported("lock", path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        # Closing the file gives the lock back, and so does the end of the process, whatever ends it.
+        with open(descriptor, "wb"):
+            while not _try_lock(descriptor):
+                if time.monotonic() >= deadline:
+                    raise PortknockError(
+                        f"{path}: expected the keyring's lock within {self._lock_seconds:g} s; another process holds "
+                        f"it. Run again when the other run has ended."
+                    )
+                time.sleep(_POLL_SECONDS)
+            yield
+
+    @contextlib.contextmanager
+    def _reported(self, action: str, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            if exc.errno == errno.ENOENT and action == "make":
+                reason = "the folder above it does not exist"
+            else:
+                reason = os.strerror(exc.errno) if exc.errno else "an error without a number"
+            raise PortknockError(
+                f"The keyring {self.directory}: expected a folder that this user can read and write "
+                f"(knock_keyring_dir); could not {action} {path}: {reason}."
+            ) from exc
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def keyring_directory(configured: str | None, inventory_dir: object) -> Path:
+    """Return the keyring's folder: the one place where that is decided.
+
+    :param configured: the option knock_keyring_dir. A relative path begins at the inventory's folder if there is one,
+        otherwise at the current folder.
+    :param inventory_dir: Ansible's variable of that name; what isn't the path of a folder counts as none.
+    :raises PortknockError: neither is given.
+    """
+    base = Path(inventory_dir) if isinstance(inventory_dir, str) and os.path.isdir(inventory_dir) else None
+    if configured:
+        return Path(os.path.abspath((base or Path.cwd()) / Path(configured).expanduser()))
+    if base is None:
+        raise PortknockError(
+            "knock_keyring_dir: expected a folder, since the host's inventory has none; got nothing. Set the variable "
+            "knock_keyring_dir, the environment's KNOCK_KEYRING_DIR, or keyring_dir in the section portknock of "
+            "ansible.cfg."
+        )
+    return Path(os.path.abspath(base / DEFAULT_FOLDER))
+
+
+@functools.lru_cache(maxsize=None)
+def _option_definitions() -> Mapping[str, Any]:
+    definitions: Mapping[str, Any] = yaml.safe_load(ModuleDocFragment.DOCUMENTATION)["options"]
+    return definitions
+
+
+def keyring_options(task_vars: Mapping[str, Any], templar: Any) -> Callable[[str], Any]:
+    """Return a lookup of the keyring's options for an action plugin, as a connection plugin's ``get_option``.
+
+    Variables come first, then the environment, then ``ansible.cfg``: core's own order, by core's own code.
+    """
+    definitions = _option_definitions()
+    constants.config.initialize_plugin_configuration_definitions("fleet.portknock", "keyring", definitions)
+    names = [entry["name"] for definition in definitions.values() for entry in definition["vars"]]
+    variables = {name: templar.template(task_vars[name]) for name in names if name in task_vars}
+
+    def lookup(option: str) -> Any:
+        return constants.config.get_config_value(
+            option, plugin_type="fleet.portknock", plugin_name="keyring", variables=variables
+        )
+
+    return lookup
+
+
+def open_keyring(get_option: Callable[[str], Any]) -> Keyring:
+    """Return the keyring that the options name, with the vault secrets of this run. Nothing is read yet.
+
+    :param get_option: a connection plugin's ``get_option``, or what :func:`keyring_options` returns.
+    :raises PortknockError: no folder is named.
+    """
+    context = VaultSecretsContext.current(optional=True)
+    run_secrets = context.secrets if context else None
+    return Keyring(
+        keyring_directory(get_option("knock_keyring_dir"), get_option("knock_inventory_dir")),
+        RunVault(run_secrets) if run_secrets else None,
+        bool(get_option("knock_keyring_plaintext")),
+    )
+
+
+__all__ = ("DEFAULT_FOLDER", "Cipher", "Keyring", "RunVault", "keyring_directory", "keyring_options", "open_keyring")

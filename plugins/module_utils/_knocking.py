@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
@@ -32,7 +32,7 @@ _LONGEST_PAUSE = 0.1
 _BANNER_SIZE = 255
 
 # Linux tells an unprivileged UDP socket of every ICMP error only when asked; not every Python has the constants.
-_RECVERR = (
+_RECVERR: dict[int, tuple[int, int]] = (
     {
         socket.AF_INET: (socket.IPPROTO_IP, getattr(socket, "IP_RECVERR", 11)),
         socket.AF_INET6: (socket.IPPROTO_IPV6, getattr(socket, "IPV6_RECVERR", 25)),
@@ -85,7 +85,7 @@ class KnockResult(NamedTuple):
     """
 
     state: str
-    address: Optional[Address]
+    address: Address | None
     elapsed: float
     attempts: int
     gap: float
@@ -113,10 +113,10 @@ def resolve(host: str, port: int, family: str = "any") -> list[Address]:
         found = socket.getaddrinfo(host, port, FAMILIES[family], socket.SOCK_STREAM)
     except (OSError, UnicodeError, OverflowError) as exc:
         raise PortknockError(f"host: expected a name or an address that resolves; got {host!r}: {exc}.") from exc
-    return [Address(kind, sockaddr) for kind, unused_type, unused_proto, unused_name, sockaddr in found]
+    return [Address(kind, sockaddr) for kind, _unused_type, _unused_proto, _unused_name, sockaddr in found]
 
 
-def send(address: Address, knocks: Sequence[Knock], gap: float = 0.0, source: Optional[str] = None) -> None:
+def send(address: Address, knocks: Sequence[Knock], gap: float = 0.0, source: str | None = None) -> None:
     """Send one sequence, ``gap`` seconds between two knocks.
 
     :param source: the local address to knock from; None leaves it to the system.
@@ -137,7 +137,7 @@ def send(address: Address, knocks: Sequence[Knock], gap: float = 0.0, source: Op
                 raise OSError(code, errno.errorcode.get(code, "error"))
 
 
-def probe(address: Address, timeout: float, banner: bool = False, source: Optional[str] = None) -> Probe:
+def probe(address: Address, timeout: float, banner: bool = False, source: str | None = None) -> Probe:
     """Look at a TCP port with one connect.
 
     :param banner: where it opens, also read the first line that the service sends, within the same timeout.
@@ -148,15 +148,13 @@ def probe(address: Address, timeout: float, banner: bool = False, source: Option
         found = connects.wait(deadline)
         if found is None:
             return Probe("filtered", "ETIMEDOUT")
-        unused_try, seen, sock = found
+        _unused_try, seen, sock = found
         if seen.state == "open" and banner:
             return seen._replace(banner=_read_banner(sock, deadline))
         return seen
 
 
-def probe_udp(
-    address: Address, timeout: float, payload: bytes = b"", source: Optional[str] = None
-) -> Probe:
+def probe_udp(address: Address, timeout: float, payload: bytes = b"", source: str | None = None) -> Probe:
     """Look at a UDP port with one datagram: answered, refused (port unreachable), silent or unreachable."""
     with _socket(address.family, socket.SOCK_DGRAM, source) as sock:
         if address.family in _RECVERR:
@@ -181,7 +179,7 @@ def knock_until_open(
     port: int,
     timeout: float,
     gaps: Sequence[float] = GAPS,
-    source: Optional[str] = None,
+    source: str | None = None,
 ) -> KnockResult:
     """Knock with one sequence until the port opens; see :func:`knock_with_any`."""
     return knock_with_any(addresses, [knocks], port, timeout, gaps, source)
@@ -193,7 +191,7 @@ def knock_with_any(
     port: int,
     timeout: float,
     gaps: Sequence[float] = GAPS,
-    source: Optional[str] = None,
+    source: str | None = None,
 ) -> KnockResult:
     """Knock with each sequence in turn until the TCP port opens, first back to back, then with growing gaps.
 
@@ -238,7 +236,7 @@ def _rounds(gaps: Sequence[float]) -> Iterator[tuple[int, float]]:
         number += 1
 
 
-def _result(begun: float, attempts: int, last: Optional[_Try], seen: Probe) -> KnockResult:
+def _result(begun: float, attempts: int, last: _Try | None, seen: Probe) -> KnockResult:
     return KnockResult(
         state=seen.state,
         address=last.address if last else None,
@@ -250,8 +248,8 @@ def _result(begun: float, attempts: int, last: Optional[_Try], seen: Probe) -> K
     )
 
 
-def _poll(connects: _Connects, attempt: _Try, port: int, until: float) -> tuple[Optional[_Try], Probe]:
-    """Connect, and again after each reset, until the port opens (then the try that opened it comes back) or time is up."""
+def _poll(connects: _Connects, attempt: _Try, port: int, until: float) -> tuple[_Try | None, Probe]:
+    """Connect, and again after each reset, until the port opens or time is up; returns the try that opened it."""
     pause = _FIRST_PAUSE
     seen = Probe("filtered", "ETIMEDOUT")
     connects.start(attempt, port)
@@ -259,7 +257,7 @@ def _poll(connects: _Connects, attempt: _Try, port: int, until: float) -> tuple[
         found = connects.wait(until)
         if found is None:
             return None, seen
-        finished, seen, unused_sock = found
+        finished, seen, _unused_sock = found
         if seen.state == "open":
             return finished, seen
         if finished.address != attempt.address:
@@ -277,7 +275,7 @@ def _poll(connects: _Connects, attempt: _Try, port: int, until: float) -> tuple[
 class _Connects:
     """Connects that are under way at the same time."""
 
-    def __init__(self, source: Optional[str]) -> None:
+    def __init__(self, source: str | None) -> None:
         self._selector = selectors.DefaultSelector()
         self._source = source
         self._finished: list[tuple[_Try, Probe, socket.socket]] = []
@@ -293,22 +291,21 @@ class _Connects:
         except OSError as exc:
             code = exc.errno or errno.EADDRNOTAVAIL
         if code == errno.EINPROGRESS:
-            self._selector.register(sock, selectors.EVENT_WRITE, attempt)
+            self._selector.register(sock, selectors.EVENT_WRITE, (attempt, sock))
         else:
             self._finished.append((attempt, _connect_outcome(code), sock))
 
-    def wait(self, until: float) -> Optional[tuple[_Try, Probe, socket.socket]]:
+    def wait(self, until: float) -> tuple[_Try, Probe, socket.socket] | None:
         """The next connect that ends before ``until`` (monotonic clock), or None."""
         while not self._finished:
             left = until - time.monotonic()
             if left <= 0 or not self._selector.get_map():
                 return None
-            for key, unused_events in self._selector.select(left):
-                sock = key.fileobj
-                assert isinstance(sock, socket.socket)
+            for key, _unused_events in self._selector.select(left):
+                attempt, sock = key.data
                 self._selector.unregister(sock)
                 outcome = _connect_outcome(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-                self._finished.append((key.data, outcome, sock))
+                self._finished.append((attempt, outcome, sock))
         # An open one first: whatever else ended meanwhile no longer matters.
         self._finished.sort(key=lambda entry: entry[1].state != "open")
         return self._finished.pop(0)
@@ -321,7 +318,7 @@ class _Connects:
 
 
 @contextlib.contextmanager
-def _connects(source: Optional[str]) -> Iterator[_Connects]:
+def _connects(source: str | None) -> Iterator[_Connects]:
     connects = _Connects(source)
     try:
         yield connects
@@ -358,7 +355,7 @@ def _read_banner(sock: socket.socket, deadline: float) -> str:
 
 
 @contextlib.contextmanager
-def _socket(family: int, kind: int, source: Optional[str]) -> Iterator[socket.socket]:
+def _socket(family: int, kind: int, source: str | None) -> Iterator[socket.socket]:
     """A non-blocking socket, bound to the source address where one is wanted."""
     with _bare_socket(family, kind) as sock:
         _bind(sock, family, source)
@@ -371,13 +368,13 @@ def _bare_socket(family: int, kind: int) -> socket.socket:
     return sock
 
 
-def _bind(sock: socket.socket, family: int, source: Optional[str]) -> None:
+def _bind(sock: socket.socket, family: int, source: str | None) -> None:
     if source is not None:
         # Through getaddrinfo, for the scope id of a link-local address.
         sock.bind(socket.getaddrinfo(source, 0, family, sock.type, 0, socket.AI_NUMERICHOST)[0][4])
 
 
-def _error_name(code: Optional[int]) -> str:
+def _error_name(code: int | None) -> str:
     return errno.errorcode.get(code or 0, "")
 
 

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Where ssh would really go.
 
-Only ssh itself knows: aliases, Match blocks and canonical names live in its configuration. ``ssh -G`` prints the outcome
-without connecting.
+Only ssh itself knows: aliases, Match blocks and canonical names live in its configuration. ``ssh -G`` prints the
+outcome without connecting.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import F
 class Destination:
     """What ssh would connect to.
 
-    ``host`` is the name or address after ssh's configuration, ``family`` any, inet or inet6. ``proxied`` is True where a
-    ProxyJump or ProxyCommand stands between, so that this machine's packets would come from the wrong address.
+    ``host`` is the name or address after ssh's configuration, ``family`` any, inet or inet6. ``proxied`` is True where
+    a ProxyJump or ProxyCommand stands between, so that this machine's packets would come from the wrong address.
     ``source`` is ssh's BindAddress and ``control_path`` its ControlPath, or None.
     """
 
@@ -81,7 +81,7 @@ def read_configuration(text: str) -> Destination:
     """
     settings: dict[str, str] = {}
     for line in text.splitlines():
-        keyword, unused_blank, value = line.partition(" ")
+        keyword, _unused_blank, value = line.partition(" ")
         settings.setdefault(keyword.lower(), value.strip())
 
     def given(keyword: str) -> str | None:

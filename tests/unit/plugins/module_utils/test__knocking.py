@@ -9,10 +9,8 @@ import selectors
 import socket
 import threading
 from collections.abc import Iterator
-from typing import Optional
 
 import pytest
-
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     Address,
@@ -79,7 +77,7 @@ class FakeGate:
         while True:
             # Sockets that are ready at the same time come in the order of registration, which is the right one.
             ready = sorted(self.selector.select(), key=lambda item: -1 if item[0].data is None else item[0].data)
-            for key, unused_events in ready:
+            for key, _unused_events in ready:
                 sock = key.fileobj
                 assert isinstance(sock, socket.socket)
                 if key.data is None:
@@ -227,13 +225,13 @@ def test_probe_of_a_closed_port(family: int) -> None:
     ("sent", "banner"),
     [(b"SSH-2.0-Test_1\r\nmore", "SSH-2.0-Test_1"), (b"no line end", "no line end"), (b"", ""), (None, "")],
 )
-def test_probe_of_an_open_port(sent: Optional[bytes], banner: str) -> None:
+def test_probe_of_an_open_port(sent: bytes | None, banner: str) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
 
         def serve() -> None:
-            client, unused_address = listener.accept()
+            client, _unused_address = listener.accept()
             with client:
                 if sent is None:
                     # Says nothing until the other side gives up.

@@ -36,6 +36,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import Ho
 
 DEFAULT_FOLDER = "knock_keyring"
 _IDENTITY_FILE = "keyring.json"
+_IDENTITY_FORMAT = 1
 _LOCK_FILE = ".lock"
 # One name will do, since only the holder of the lock writes; what a killed writer left is simply written over.
 # The leading dot keeps it out of what Ansible reads where the folder lies inside an inventory.
@@ -110,6 +111,9 @@ class Keyring:
         self._plaintext = plaintext
         self._lock_seconds = lock_seconds
         self._id: str | None = None
+        # What was decrypted last: deriving the vault's key takes milliseconds.
+        self._latest: tuple[str, bytes, HostSecrets] | None = None
+        # Did this object make the keyring, at its first use?
         self.founded = False
 
     @property
@@ -144,29 +148,39 @@ class Keyring:
         :raises PortknockError: as :meth:`load`; no vault secret to encrypt with; the lock is held for too long.
         """
         if self._vault is None and not self._plaintext:
-            raise PortknockError(
-                f"The keyring {self.directory}: expected a vault secret to encrypt it with; got none. "
-                f"{_HOW_TO_GIVE_A_SECRET}, or set knock_keyring_plaintext to keep plain files."
-            )
-        path = self.path(host)
-        founded = self.id is None
-        if founded:
+            raise self._no_secret()
+        founding = self.id is None
+        if founding:
+            self._check_empty()
             self._id = str(uuid.uuid4())
+        try:
+            return self._update(host, change, founding)
+        finally:
+            if founding and not self.founded:
+                self._id = None
+
+    def _update(
+        self, host: str, change: Callable[[HostSecrets | None], HostSecrets], founding: bool
+    ) -> tuple[HostSecrets, bool]:
+        path = self.path(host)
         before = self._read(path)
         existing = self._parse(host, before, self._id)
         wanted = change(existing)
+        # Without the lock, so that runs that change nothing neither wait nor write.
         if wanted == existing:
             return wanted, False
-        if founded:
+        if founding:
             self._make_directory()
         with self._locked():
             kept_id, now = self._read_id(), self._read(path)
-            if founded and kept_id is None:
-                self._write(
-                    self.directory / _IDENTITY_FILE, json.dumps({"format": 1, "keyring": self._id}).encode() + b"\n"
-                )
+            if kept_id is None:
+                if not founding:
+                    raise self._no_id()
+                identity = {"format": _IDENTITY_FORMAT, "keyring": self._id}
+                self._write(self.directory / _IDENTITY_FILE, json.dumps(identity).encode() + b"\n")
                 self.founded = True
             elif kept_id != self._id or now != before:
+                # Another writer came first.
                 self._id = kept_id
                 existing = self._parse(host, now, kept_id)
                 wanted = change(existing)
@@ -213,10 +227,9 @@ class Keyring:
             return None
         path = self.path(host)
         if keyring_id is None:
-            raise PortknockError(
-                f"{self.directory / _IDENTITY_FILE}: expected the id of the keyring that {path.name} belongs to; the "
-                f"file is missing. Restore it from a backup."
-            )
+            raise self._no_id()
+        if self._latest is not None and self._latest[:2] == (host, content):
+            return self._latest[2]
         data = self._load_yaml(path, self._decrypted(path, content))
         kept = HostSecrets.from_mapping(data, str(path))
         if kept.keyring_id != keyring_id:
@@ -225,6 +238,7 @@ class Keyring:
             )
         if kept.host != host:
             raise PortknockError(f"{path}: expected the secrets of {host}; got those of {kept.host}.")
+        self._latest = (host, content, kept)
         return kept
 
     def _decrypted(self, path: Path, content: bytes) -> bytes:
@@ -261,9 +275,23 @@ class Keyring:
 
     def _render(self, wanted: HostSecrets) -> bytes:
         text = yaml.dump(wanted.to_mapping(), Dumper=_Dumper, sort_keys=False).encode()
-        if self._plaintext or self._vault is None:
+        if self._plaintext:
             return text
+        if self._vault is None:
+            raise self._no_secret()
         return self._vault.encrypt(text)
+
+    def _no_secret(self) -> PortknockError:
+        return PortknockError(
+            f"The keyring {self.directory}: expected a vault secret to encrypt it with; got none. "
+            f"{_HOW_TO_GIVE_A_SECRET}, or set knock_keyring_plaintext to keep plain files."
+        )
+
+    def _no_id(self) -> PortknockError:
+        return PortknockError(
+            f"{self.directory / _IDENTITY_FILE}: expected the id of the keyring whose files are in this folder; the "
+            f"file is missing. Restore it from a backup."
+        )
 
     def _read_id(self) -> str | None:
         path = self.directory / _IDENTITY_FILE
@@ -272,12 +300,12 @@ class Keyring:
             return None
         try:
             data = json.loads(content)
-            keyring_id = data["keyring"] if data["format"] == 1 else None
+            keyring_id = data["keyring"] if data["format"] == _IDENTITY_FORMAT else None
         except (ValueError, TypeError, LookupError):
             keyring_id = None
         if not isinstance(keyring_id, str) or not keyring_id:
             raise PortknockError(
-                f"{path}: expected a keyring's id of format 1; got something else. The file is damaged or is not a "
+                f"{path}: expected a keyring's id of format {_IDENTITY_FORMAT}; got something else. The file is damaged or is not a "
                 f"keyring's; restore it from a backup."
             )
         return keyring_id
@@ -289,6 +317,16 @@ class Keyring:
                 return path.read_bytes()
             except FileNotFoundError:
                 return None
+
+    def _check_empty(self) -> None:
+        """Refuse to begin a keyring among files of one whose id was lost."""
+        with self._reported("read", self.directory):
+            try:
+                names = os.listdir(self.directory)
+            except FileNotFoundError:
+                return
+        if any(name.endswith(".yml") for name in names):
+            raise self._no_id()
 
     def _make_directory(self) -> None:
         with self._reported("make", self.directory):

@@ -1,0 +1,212 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Apply, prove and confirm as one task: no strategy, serial, tag or fork can come between the three."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+from ansible import constants
+from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure, AnsibleError
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, settings_from
+from ansible_collections.fleet.portknock.plugins.module_utils._keyring import check_operators
+from ansible_collections.fleet.portknock.plugins.module_utils._knocking import Address, resolve
+from ansible_collections.fleet.portknock.plugins.module_utils._phases import is_trusted
+from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination
+from ansible_collections.fleet.portknock.plugins.plugin_utils._gate_texts import gate_texts, throwaway_secrets
+from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import keyring_options, open_keyring
+from ansible_collections.fleet.portknock.plugins.plugin_utils._proof import prove, prove_removed, subject_of
+
+display = Display()
+
+_CONNECTION = "fleet.portknock.knock_ssh"
+_SSH_TRANSPORTS = ("ssh", "paramiko", "paramiko_ssh", "smart")
+_SHORTEST_TRIAL, _LONGEST_TRIAL = 10, 3600
+
+
+class ActionModule(ActionBase):
+    """Convert the task's options, do the three phases on the host, and convert what comes back."""
+
+    _supports_check_mode = True
+    _supports_async = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        self._vars = task_vars or {}
+        self._run_id = secrets.token_hex(6)
+        try:
+            result.update(self._remove() if self._task.args.get("state") == "absent" else self._apply())
+        except PortknockError as exc:
+            raise AnsibleActionFail(str(exc)) from None
+        return result
+
+    def _apply(self) -> dict[str, Any]:
+        arguments = self._task.args
+        for option in ("settings", "operators", "templates", "found"):
+            if option not in arguments:
+                raise PortknockError(f"{option}: required with state=applied; got nothing.")
+        settings = settings_from(arguments["settings"])
+        operators = check_operators(arguments["operators"])
+        found = arguments["found"]
+        self._check_host(found)
+        keyring = open_keyring(keyring_options(self._vars, self._templar))
+        host = self._vars["inventory_hostname"]
+        entry = keyring.load(host)
+        if entry is None:
+            if not self._task.check_mode:
+                raise PortknockError(
+                    f"knock_keyring_dir: expected an entry for {host} in {keyring.directory}; got none. "
+                    "knock_keyring makes it."
+                )
+            entry = throwaway_secrets(host, operators, settings, found)
+        payload = {
+            "run": self._run_id,
+            "seconds": self._seconds(),
+            "trusted": [*settings.trusted4, *settings.trusted6],
+            "wanted": gate_texts(Path(arguments["templates"]), self._backend(), settings, operators, entry, found),
+        }
+        if not self._task.check_mode:
+            destination = self._destination()
+            self._check_way_in(settings, destination, found)
+        outcome = self._phase("apply", payload)
+        if outcome.get("failed") or not outcome.get("on_trial"):
+            return outcome
+        knocks = entry.wanted(operators)[operators[0]][0]
+        try:
+            proof = prove(subject_of(settings, self._addresses(destination), outcome, self._timeout()), knocks)
+        except PortknockError as exc:
+            return self._rolled_back(payload, str(exc))
+        confirmed = self._confirm(payload)
+        if confirmed is not None:
+            return confirmed
+        if entry.promoted() != entry:
+            keyring.promote(host)
+        for note in proof.notes:
+            display.warning(f"{host}: {note}")
+        return self._shown(outcome) | {"proof": proof.as_result()}
+
+    def _remove(self) -> dict[str, Any]:
+        payload = {"run": self._run_id, "seconds": self._seconds()}
+        outcome = self._phase("apply", payload)
+        if outcome.get("failed") or not outcome.get("on_trial"):
+            return outcome
+        try:
+            destination = self._destination()
+            prove_removed(self._addresses(destination), destination.port, self._timeout())
+        except PortknockError as exc:
+            return self._rolled_back(payload, str(exc))
+        return self._confirm(payload) or self._shown(outcome)
+
+    def _backend(self) -> str:
+        return str(self._task.args.get("backend", "nftables"))
+
+    def _seconds(self) -> int:
+        given = self._task.args.get("confirm_timeout", 60)
+        try:
+            seconds = int(str(given))
+        except ValueError:
+            seconds = 0
+        if not _SHORTEST_TRIAL <= seconds <= _LONGEST_TRIAL:
+            raise PortknockError(
+                f"knock_server_confirm_timeout: expected {_SHORTEST_TRIAL} to {_LONGEST_TRIAL} seconds; got {given!r}."
+            )
+        return seconds
+
+    def _timeout(self) -> float:
+        """Seconds that the proof goes on knocking: well inside the trial, so that the way back isn't raced."""
+        return min(10.0, self._seconds() / 3)
+
+    def _check_host(self, found: dict[str, Any]) -> None:
+        """Stop where the host can't have a gate, before anything on it changes."""
+        backend = found["backend"]
+        if backend["problem"]:
+            raise PortknockError(backend["problem"])
+        if backend["missing_programs"] and not self._task.check_mode:
+            raise PortknockError(
+                f"knock_server_backend: {backend['name']} needs {', '.join(backend['missing_programs'])}, which is not installed."
+            )
+        if found["init"] != "systemd":
+            raise PortknockError(
+                f"knock_server_backend: expected systemd as the host's init system, which loads the gate at boot; got {found['init']}."
+            )
+
+    def _check_way_in(self, settings: GateSettings, destination: Destination, found: dict[str, Any]) -> None:
+        """Stop where Ansible itself could not get in any more."""
+        is_closed = destination.port in settings.protected_tcp
+        if not is_closed or is_trusted(found["ssh_source"], (*settings.trusted4, *settings.trusted6)):
+            return
+        if destination.proxied:
+            raise PortknockError(
+                f"{destination.host} is reached through a ProxyJump or ProxyCommand: a knock from here would come from "
+                "another address than the connection, so the gate was not closed. Make the jump host's address one of "
+                "knock_server_trusted_sources, or run the play on the jump host."
+            )
+        if self._connection.transport in _SSH_TRANSPORTS and self._connection.ansible_name != _CONNECTION:
+            raise PortknockError(
+                f"The gate would close port {destination.port}/tcp to this very connection, which does not knock: set "
+                f"`ansible_connection: {_CONNECTION}` for this host in the inventory, or `connection:` in the play."
+            )
+
+    def _destination(self) -> Destination:
+        if hasattr(self._connection, "destination"):
+            return self._connection.destination()
+        return Destination(host=self._address_without_ssh(), port=int(self._vars.get("ansible_port") or 22))
+
+    def _address_without_ssh(self) -> str:
+        return str(self._templar.template(self._vars.get("ansible_host")) or self._vars["inventory_hostname"])
+
+    def _addresses(self, destination: Destination) -> list[Address]:
+        return resolve(destination.host, destination.port, destination.family)
+
+    def _phase(self, phase: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """One call of the module on the host, with its arguments on standard input only."""
+        if constants.DEFAULT_KEEP_REMOTE_FILES:
+            raise PortknockError("ANSIBLE_KEEP_REMOTE_FILES: expected to be off for knock_gate, whose arguments hold secrets.")
+        self._connection.set_option("pipelining", True)
+        arguments = {
+            "state": self._task.args.get("state", "applied"),
+            "backend": self._backend(),
+            "phase": phase,
+            "payload": json.dumps(payload),
+        }
+        return self._execute_module(
+            module_name="fleet.portknock.knock_gate", module_args=arguments, task_vars=self._vars
+        )
+
+    def _confirm(self, payload: dict[str, Any]) -> dict[str, Any] | None:
+        """Confirm over a connection made for it; None when that worked."""
+        try:
+            self._connection.fresh = True
+            outcome = self._phase("confirm", payload)
+        except (AnsibleConnectionFailure, AnsibleError) as exc:
+            self._connection.fresh = False
+            return self._rolled_back(payload, f"Not confirmed: no fresh connection could be made ({exc}).")
+        finally:
+            self._connection.fresh = False
+        if outcome.get("failed"):
+            return self._rolled_back(payload, f"Not confirmed: {outcome.get('msg')}")
+        return None
+
+    def _rolled_back(self, payload: dict[str, Any], reason: str) -> dict[str, Any]:
+        """Bring the host back now if the old connection still serves; else its timer does."""
+        try:
+            restored = bool(self._phase("rollback", payload).get("restored"))
+        except AnsibleError:
+            restored = False
+        how = (
+            "The host has gone back to what it had."
+            if restored
+            else f"The host goes back to what it had by itself, at most {payload['seconds']} s after the change."
+        )
+        return {"failed": True, "changed": False, "rolled_back": restored, "msg": f"{reason} {how}"}
+
+    @staticmethod
+    def _shown(outcome: dict[str, Any]) -> dict[str, Any]:
+        internal = ("on_trial", "source", "source_trusted", "ipv6_addresses", "ports_in_use")
+        return {key: value for key, value in outcome.items() if key not in internal}

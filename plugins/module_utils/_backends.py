@@ -1,0 +1,179 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What enforces a gate on the host: one small class a back end, picked by name.
+
+A back end's templates are in the role's folder of the same name. Its class says how their texts are checked, loaded,
+compared with what the kernel has, and taken away again; keeping them, trying them out and going back is the same for all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Optional
+
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
+    TABLE,
+    close_window,
+    listing_digest,
+    replace_transaction,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._procnet import Peer
+from ansible_collections.fleet.portknock.plugins.module_utils._system import Completed, Runner, run as run_program
+
+_FRESH_TABLE = f"table inet {TABLE}\ndelete table inet {TABLE}\n"
+
+# What the gate can't do without: loaded as a check only, and named in the error when nft or the kernel refuses it.
+_NEEDED = {
+    "sets that rules write with a timeout for each element": (
+        "set s { type ipv4_addr; flags dynamic,timeout; size 8; }\n"
+        "chain c { type filter hook prerouting priority -150; update @s { ip saddr timeout 5s }; }"
+    ),
+    "deleting set elements in a rule": (
+        "set s { type ipv4_addr; flags dynamic,timeout; size 8; }\n"
+        "chain c { type filter hook prerouting priority -150; delete @s { ip saddr }; }"
+    ),
+    "maps with concatenated keys": (
+        "map m { type classid . inet_proto . inet_service : classid; elements = { 0:0 . tcp . 7 : 0:1 }; }\n"
+        "chain c { type filter hook prerouting priority -150; meta priority set meta priority . meta l4proto . th dport map @m; }"
+    ),
+    "the fib expression": "chain c { type filter hook prerouting priority -150; fib daddr type != local accept; }",
+    "NAT in the inet family": "chain c { type nat hook prerouting priority -101; tcp dport 7 redirect to :9; }",
+}
+# What it does better with; the templates have another way.
+_WANTED = {
+    "dnat_to_port": "chain c { type nat hook prerouting priority -101; meta nfproto ipv4 tcp dport 7 dnat ip to :9; }",
+    "socket_wildcard": "chain c { type filter hook prerouting priority -150; socket wildcard 0 accept; }",
+}
+# The kernel's reasons for refusing a rule; nft prints them after this phrase, and nothing of the rule with them.
+_KERNEL_REASON = re.compile(r"Could not process rule: ([A-Za-z ,'-]+)")
+_LINE = re.compile(r"^[^\n:]*:([0-9]+):[0-9]+", re.MULTILINE)
+
+
+class Nftables:
+    """The gate as one table of the kernel's own packet filter."""
+
+    name = "nftables"
+    program = "nft"
+
+    def __init__(self, run: Runner = run_program) -> None:
+        self._run = run
+
+    def version(self) -> Optional[str]:
+        """Version of nft, such as ``1.0.6``; None where it isn't installed."""
+        done = self._run([self.program, "--version"], None)
+        found = re.search(r"v([0-9][^ ]*)", done.stdout)
+        return found.group(1) if done.code == 0 and found else None
+
+    def capabilities(self) -> dict[str, bool]:
+        """Which of the optional ways this host's nft and kernel can go; the templates read it as ``gate``'s probe.
+
+        :raises PortknockError: something that the gate can't do without is refused.
+        """
+        # One call answers for the usual host; only where it fails are they asked one by one.
+        if self._check(*_NEEDED.values(), *_WANTED.values()).code == 0:
+            return dict.fromkeys(_WANTED, True)
+        for feature, text in _NEEDED.items():
+            done = self._check(text)
+            if done.code != 0:
+                raise PortknockError(
+                    f"knock_server_backend: nftables needs {feature}; this host's nft {self.version()} and kernel refuse it"
+                    f" ({_cause(done)})."
+                )
+        return {name: self._check(text).code == 0 for name, text in _WANTED.items()}
+
+    def check(self, text: str, what: str) -> None:
+        """Let nft and the kernel check a template's text without loading it.
+
+        :raises PortknockError: it is refused; says where, never what, since nft quotes the line with its ports.
+        """
+        done = self._run([self.program, "-c", "-f", "-"], _FRESH_TABLE + text)
+        if done.code != 0:
+            raise PortknockError(f"{what}: expected rules that nft accepts; it refuses them ({_cause(done)}).")
+
+    def boot_text(self, text: str) -> str:
+        """What is kept on disk: loads whatever is in the kernel, in one transaction."""
+        return _FRESH_TABLE + text
+
+    def body(self, boot_text: str) -> Optional[str]:
+        """The template's text inside :meth:`boot_text`, or None where it isn't one."""
+        _header, found, text = boot_text.partition(_FRESH_TABLE)
+        return text if found else None
+
+    def listing(self) -> Optional[dict[str, Any]]:
+        """The kernel's table as ``nft -j`` lists it; None where there is none."""
+        done = self._run([self.program, "-j", "list", "table", "inet", TABLE], None)
+        if done.code != 0:
+            return None
+        try:
+            listing = json.loads(done.stdout)
+        except ValueError:
+            return None
+        return listing if isinstance(listing, dict) else None
+
+    def digest(self, listing: dict[str, Any]) -> str:
+        """A digest of what the table says, apart from what comes and goes in it."""
+        return listing_digest(listing)
+
+    def load(self, text: str, listing: Optional[dict[str, Any]]) -> None:
+        """Put the text in place of what is loaded: one transaction, open windows stay.
+
+        :raises PortknockError: the kernel refuses it; then nothing has changed.
+        """
+        done = self._run([self.program, "-f", "-"], replace_transaction(text, listing))
+        if done.code != 0:
+            raise PortknockError(f"The gate can't be loaded: nft refuses it ({_cause(done)}).")
+
+    def unload(self) -> None:
+        """Take the table away.
+
+        :raises PortknockError: the kernel refuses it.
+        """
+        done = self._run([self.program, "-f", "-"], _FRESH_TABLE)
+        if done.code != 0:
+            raise PortknockError(f"The gate can't be taken away: nft refuses it ({_cause(done)}).")
+
+    def close_window(self, peer: Peer) -> None:
+        """End the open window of one source, where it has one."""
+        for command in close_window(peer.address, peer.interface):
+            self._run([self.program, "-f", "-"], command)
+
+    def restore_command(self, path: str) -> str:
+        """Shell command that loads a kept text (see :meth:`boot_text`)."""
+        return f"{self.program} -f {path}"
+
+    def unload_text(self) -> str:
+        """What :meth:`restore_command` loads to leave nothing."""
+        return _FRESH_TABLE
+
+    def _check(self, *tables: str) -> Completed:
+        text = "".join(f"table inet {TABLE}_probe{index} {{\n{table}\n}}\n" for index, table in enumerate(tables))
+        return self._run([self.program, "-c", "-f", "-"], text)
+
+
+BACK_ENDS = {backend.name: backend for backend in (Nftables,)}
+
+
+def back_end(name: str, run: Runner = run_program) -> Nftables:
+    """The back end of that name.
+
+    :raises PortknockError: there is none.
+    """
+    if name not in BACK_ENDS:
+        raise PortknockError(f"knock_server_backend: expected one of {', '.join(sorted(BACK_ENDS))}; got {name!r}.")
+    return BACK_ENDS[name](run)
+
+
+def _cause(done: Completed) -> str:
+    if done.code == 127:
+        return "it is not installed"
+    line = _LINE.search(done.stderr)
+    where = f"line {line.group(1)}: " if line else ""
+    reason = _KERNEL_REASON.search(done.stderr)
+    if reason:
+        return f"{where}{reason.group(1).strip()}"
+    return f"{where}{'syntax error' if 'syntax error' in done.stderr else f'exit code {done.code}'}"
+
+
+__all__ = ("BACK_ENDS", "Nftables", "back_end")

@@ -1,0 +1,89 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What knock_gate_info reports: everything that a play has to know of a host before it makes a gate there."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Optional
+
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import back_end
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._host import GateHost
+from ansible_collections.fleet.portknock.plugins.module_utils._procnet import ports_in_use, ssh_peer
+from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner, read_text, run as run_program
+
+# Where a packet filter's manager leaves a trace that needs no program to be run.
+_FIREWALL_TRACES = {
+    "docker": "/run/docker.sock",
+    "fail2ban": "/run/fail2ban/fail2ban.sock",
+    "firewalld": "/run/firewalld.pid",
+    "nftables": "/etc/systemd/system/sysinit.target.wants/nftables.service",
+    "netfilter-persistent": "/etc/systemd/system/multi-user.target.wants/netfilter-persistent.service",
+}
+_UFW_SETTINGS = "/etc/ufw/ufw.conf"
+_CONNTRACK = "/proc/sys/net/netfilter"
+
+
+def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str, Any]:
+    """Look at the host.
+
+    :param pid: a process of the ssh connection, to find where that comes from.
+    :returns: as documented in knock_gate_info.
+    :raises PortknockError: an unknown back end, or files of the gate that can't be read.
+    """
+    enforcer = back_end(backend, run)
+    host = GateHost(enforcer, run=run)
+    found = host.inspect()
+    capabilities: dict[str, bool] = {}
+    problem: Optional[str] = None
+    if found.version is not None:
+        try:
+            capabilities = enforcer.capabilities()
+        except PortknockError as exc:
+            problem = str(exc)
+    peer = ssh_peer(pid)
+    return {
+        "gate": {
+            "present": found.gate is not None,
+            "loaded": found.listing is not None,
+            "on_trial": host.trial.pending() is not None,
+            "backend": found.state.get("backend"),
+            "keyring_id": found.state.get("keyring"),
+            "generation": found.state.get("generation", 0),
+        },
+        "backend": {
+            "name": backend,
+            "version": found.version,
+            "missing_programs": [] if found.version else [enforcer.program],
+            "capabilities": capabilities,
+            "problem": problem,
+        },
+        "init": "systemd" if os.path.isdir("/run/systemd/system") else _name_of_init(),
+        "ports_in_use": [str(knock) for knock in ports_in_use()],
+        "firewalls": _firewalls(),
+        "ssh_source": peer.address if peer else None,
+        "conntrack": {
+            "count": _number(f"{_CONNTRACK}/nf_conntrack_count"),
+            "maximum": _number(f"{_CONNTRACK}/nf_conntrack_max"),
+        },
+    }
+
+
+def _firewalls() -> list[str]:
+    active = [name for name, trace in _FIREWALL_TRACES.items() if os.path.exists(trace)]
+    if "ENABLED=yes" in (read_text(_UFW_SETTINGS) or ""):
+        active.append("ufw")
+    return sorted(active)
+
+
+def _name_of_init() -> str:
+    return (read_text("/proc/1/comm") or "unknown").strip()
+
+
+def _number(path: str) -> Optional[int]:
+    text = read_text(path)
+    return int(text) if text is not None else None
+
+
+__all__ = ("inspect_host",)

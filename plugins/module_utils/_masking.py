@@ -1,0 +1,36 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Rules as they may be shown in a diff: the elements of sets and maps are secret unless they are known to be public."""
+
+from __future__ import annotations
+
+import re
+from typing import Match
+
+# Sets that hold what the inventory says openly. Whatever isn't named here is masked, so that a new set starts secret.
+PUBLIC_SETS = frozenset({"protected_tcp", "protected_udp", "trusted4", "trusted6"})
+_SET = re.compile(r"(?P<kind>\b(?:set|map)\s+)(?P<name>[A-Za-z0-9_]+)(?P<head>\s*\{(?:[^{}]|\{[^{}]*\})*?elements\s*=\s*\{)(?P<elements>[^{}]*)\}")
+
+
+def masked(before: str, after: str) -> tuple[str, str]:
+    """Both texts with secret elements replaced by their number; where only the elements differ, the second says so."""
+    old = {match.group("name"): _split(match) for match in _SET.finditer(before)}
+
+    def hide(match: Match[str]) -> str:
+        if match.group("name") in PUBLIC_SETS:
+            return match.group(0)
+        return f"{match.group('kind')}{match.group('name')}{match.group('head')} {len(_split(match))} secret elements }}"
+
+    def hide_and_compare(match: Match[str]) -> str:
+        hidden = hide(match)
+        changed = match.group("name") in old and old[match.group("name")] != _split(match)
+        return hidden.replace("secret elements", "other secret elements") if changed else hidden
+
+    return _SET.sub(hide, before), _SET.sub(hide_and_compare, after)
+
+
+def _split(match: Match[str]) -> list[str]:
+    return sorted(element.strip() for element in match.group("elements").split(",") if element.strip())
+
+
+__all__ = ("PUBLIC_SETS", "masked")

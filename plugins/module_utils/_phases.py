@@ -1,0 +1,116 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The host's side of apply, prove and confirm: one call a phase, asked for by the action plugin."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any, Mapping, Optional, Sequence
+
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import back_end
+from ansible_collections.fleet.portknock.plugins.module_utils._host import Difference, Found, GateHost, Wanted
+from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
+    global_ipv6_addresses,
+    ports_in_use,
+    ssh_peer,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner, run as run_program
+
+
+def run_phase(
+    phase: str,
+    state: str,
+    backend: str,
+    payload: Mapping[str, Any],
+    pid: int,
+    check_mode: bool,
+    run: Runner = run_program,
+    root: str = "",
+) -> dict[str, Any]:
+    """Do one phase.
+
+    :param payload: ``run`` (id), ``seconds`` (of the trial), ``trusted`` (CIDRs), and for a wanted gate the fields of
+        :class:`Wanted`.
+    :param pid: a process of the ssh connection that this came through.
+    :returns: the module's result.
+    :raises PortknockError: with nothing changed, or with the way back armed.
+    """
+    enforcer = back_end(backend, run)
+    host = GateHost(enforcer, root, run)
+    identity = str(payload["run"])
+    if phase == "rollback":
+        host.trial.restore()
+        return {"changed": False, "restored": host.trial.pending() is None}
+    wanted = Wanted(**payload["wanted"]) if state == "applied" else None
+    if phase == "confirm":
+        with host.trial.turn(identity):
+            if wanted is not None:
+                host.confirm(wanted, identity)
+            else:
+                host.confirm_away(identity)
+                host.forget()
+        return {"changed": True}
+
+    if check_mode:
+        return _plan(host, wanted, host.inspect())
+    with host.trial.turn(identity):
+        found = host.inspect()
+        result = _plan(host, wanted, found)
+        if not result["changed"]:
+            if wanted is None:
+                host.forget()
+            return result
+        seconds = int(payload["seconds"])
+        peer = ssh_peer(pid)
+        if wanted is not None:
+            host.apply(wanted, found, identity, seconds)
+            # The proof begins with a source that has not knocked.
+            if peer is not None:
+                enforcer.close_window(peer)
+        else:
+            host.take_away(found, identity, seconds)
+        result.update(
+            on_trial=True,
+            source=peer.address if peer else None,
+            source_trusted=is_trusted(peer.address if peer else None, payload.get("trusted", ())),
+            ipv6_addresses=global_ipv6_addresses(),
+            ports_in_use=[str(knock) for knock in ports_in_use()],
+        )
+        return result
+
+
+def is_trusted(address: Optional[str], trusted: Sequence[str]) -> bool:
+    """Whether a gate with these trusted sources (CIDRs) lets the address in without a knock."""
+    if address is None:
+        return False
+    source = ipaddress.ip_address(address)
+    return any(
+        source.version == network.version and source in network
+        for network in (ipaddress.ip_network(text, strict=False) for text in trusted)
+    )
+
+
+def _plan(host: GateHost, wanted: Optional[Wanted], found: Found) -> dict[str, Any]:
+    warnings: list[str] = []
+    if wanted is None:
+        differences = (
+            [Difference("the gate", "a gate with its table, files and unit\n", "")] if host.exists(found) else []
+        )
+    else:
+        differences = host.differences(wanted, found)
+        if differences and found.version is not None:
+            host.check(wanted)
+        elif differences:
+            warnings.append("The rules were not validated: the back end is not installed on this host yet.")
+    return {
+        "changed": bool(differences),
+        "reasons": [difference.what for difference in differences],
+        "diff": [
+            {"before_header": item.what, "after_header": item.what, "before": item.before, "after": item.after}
+            for item in differences
+        ],
+        "warnings": warnings,
+    }
+
+
+__all__ = ("is_trusted", "run_phase")

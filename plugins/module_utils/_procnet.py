@@ -1,0 +1,73 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What Linux says of its sockets, addresses and the connection that a program was started through, read from /proc."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from typing import Iterator, NamedTuple, Optional
+
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+
+# Socket states of /proc/net/tcp and /proc/net/udp (include/net/tcp_states.h): LISTEN; a UDP socket that is bound only.
+_WAITING = {"tcp": "0A", "udp": "07"}
+# Scope of /proc/net/if_inet6 (include/net/ipv6.h): global.
+_SCOPE_GLOBAL = "00"
+
+
+class Peer(NamedTuple):
+    """The far end of the ssh connection that this program was started through."""
+
+    address: str
+    interface: Optional[str]
+
+
+def ports_in_use(proc: str = "/proc") -> list[Knock]:
+    """Every port that a service of this host waits on, sorted; loopback ones too, since a service may be moved."""
+    found = set()
+    for proto, waiting in _WAITING.items():
+        for table in (proto, f"{proto}6"):
+            for fields in _rows(os.path.join(proc, "net", table)):
+                if len(fields) > 3 and fields[3] == waiting:
+                    found.add(Knock(int(fields[1].rpartition(":")[2], 16), proto))
+    return sorted(found)
+
+
+def global_ipv6_addresses(proc: str = "/proc") -> list[str]:
+    """The host's global IPv6 addresses, sorted."""
+    rows = _rows(os.path.join(proc, "net", "if_inet6"), skip=0)
+    return sorted(str(ipaddress.IPv6Address(int(row[0], 16))) for row in rows if len(row) > 3 and row[3] == _SCOPE_GLOBAL)
+
+
+def ssh_peer(pid: int, proc: str = "/proc") -> Optional[Peer]:
+    """Where the ssh connection came from, looked up in the environment of this process and its ancestors.
+
+    sudo drops SSH_CONNECTION, its parent still has it.
+    """
+    while pid > 1:
+        try:
+            with open(f"{proc}/{pid}/environ", "rb") as stream:
+                environment = stream.read().split(b"\0")
+            with open(f"{proc}/{pid}/stat", encoding="utf-8", errors="replace") as stream:
+                pid = int(stream.read().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            return None
+        for entry in environment:
+            name, _equals, value = entry.partition(b"=")
+            if name == b"SSH_CONNECTION" and value:
+                address, _percent, interface = value.split()[0].decode("ascii", "replace").partition("%")
+                return Peer(address, interface or None)
+    return None
+
+
+def _rows(path: str, skip: int = 1) -> Iterator[list[str]]:
+    try:
+        with open(path, encoding="ascii", errors="replace") as stream:
+            for line in stream.readlines()[skip:]:
+                yield line.split()
+    except OSError:
+        return
+
+
+__all__ = ("Peer", "global_ipv6_addresses", "ports_in_use", "ssh_peer")

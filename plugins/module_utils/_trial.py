@@ -1,0 +1,250 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Commit-confirmed changes: a change is on trial until somebody confirms it; otherwise the host goes back by itself.
+
+The order is what protects: the way back is written and the timer armed first, the change is made in volatile state only
+(kernel and /run), and what survives a reboot is written by the confirmation alone. So whatever dies, the timer or the
+next boot brings back what was there. The run-time folder belongs to root alone: whoever can open the lock file could
+keep the way back waiting for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from typing import Iterator, NamedTuple, Optional
+
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._system import (
+    SEARCH_PATH,
+    Runner,
+    read_text,
+    run as run_program,
+    write_text,
+)
+
+UNIT_PREFIX = "fleet-portknock-rollback-"
+# How long a second run waits for the lock: a load takes well under a second.
+LOCK_SECONDS = 15.0
+# How much later than its deadline a trial may still be there before it counts as abandoned.
+GRACE_SECONDS = 15.0
+
+# {committed} and {restore} are shell commands; {folder} and {run} are quoted already.
+_SCRIPT = """\
+#!/bin/sh
+# Goes back to what was there before the trial, unless the trial has been confirmed meanwhile.
+PATH={path}
+exec 9>>{folder}/lock || exit 1
+flock 9 || exit 1
+current=$(cat {folder}/trial/run 2>/dev/null)
+# Nothing was changed yet when whoever began the trial died before it wrote the run's id.
+[ -n "$current" ] || rm -rf {folder}/trial
+[ "$current" = {run} ] || exit 0
+if ! {{ {committed}; }}; then
+    tries=0
+    until {{ {restore}; }} >/dev/null 2>&1; do
+        tries=$((tries + 1))
+        if [ "$tries" -ge 20 ]; then
+            logger -t fleet-portknock -p daemon.crit "The change on trial was not confirmed, and the former state does not load."
+            exit 1
+        fi
+        sleep 1
+    done
+    logger -t fleet-portknock -p daemon.warning "The change on trial was not confirmed: the former state is back." || true
+fi
+rm -rf {folder}/trial
+"""
+
+
+class Pending(NamedTuple):
+    """A trial under way: who began it and for how many seconds it may go on (0 and less: overdue)."""
+
+    run: str
+    seconds_left: float
+
+
+class Trial:
+    """The one change on trial that a host can have.
+
+    :param folder: run-time folder, volatile and root's alone (``/run/fleet-portknock``).
+    """
+
+    def __init__(self, folder: str, run: Runner = run_program) -> None:
+        self.folder = folder
+        self._run = run
+        self._trial = os.path.join(folder, "trial")
+
+    def path(self, name: str) -> str:
+        """Where a text that the way back needs is kept for the time of the trial."""
+        return os.path.join(self._trial, name)
+
+    @contextlib.contextmanager
+    def lock(self, wait: float = LOCK_SECONDS) -> Iterator[None]:
+        """Keep other runs and the timer's script away.
+
+        :raises PortknockError: another run held the lock all the while.
+        """
+        deadline = time.monotonic() + wait
+        while True:
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            path = os.path.join(self.folder, "lock")
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # A removal may have unlinked the file while this run waited for it.
+                if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+                    break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    os.close(handle)
+                    raise PortknockError(
+                        f"Another run is changing this host's gate: it has held {path} for more than {wait:.0f} s. "
+                        "Try again when it has ended."
+                    ) from None
+            os.close(handle)
+            time.sleep(0.05)
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    def pending(self) -> Optional[Pending]:
+        """The trial under way, if there is one."""
+        run = read_text(self.path("run"))
+        if run is None:
+            return None
+        deadline = read_text(self.path("deadline")) or "0"
+        return Pending(run, float(deadline) - _uptime())
+
+    @contextlib.contextmanager
+    def turn(self, run: str) -> Iterator[None]:
+        """Hold the lock, once another run's trial has ended by its confirmation or by its timer.
+
+        :raises PortknockError: it is overdue and does not end, because the way back fails.
+        """
+        while True:
+            with self.lock():
+                pending = self.pending()
+                if pending is None or pending.run == run:
+                    yield
+                    return
+            # The lock is free while this waits: the confirmation and the way back need it.
+            if pending.seconds_left < -GRACE_SECONDS:
+                self.restore()  # the timer is gone: do its work
+                if self.pending() is not None:
+                    raise PortknockError(
+                        "A change that was never confirmed is still on trial on this host, and the former state does "
+                        "not load; see the journal for fleet-portknock."
+                    )
+            time.sleep(0.2)
+
+    def begin(self, run: str, seconds: int, restore: str, committed: str, texts: dict[str, str]) -> None:
+        """Write down the way back and arm the timer, while the lock is held. Nothing may be changed before this returns.
+
+        :param run: the run's id: hexadecimal digits.
+        :param seconds: how long the change is on trial.
+        :param restore: shell command that brings the former state back; tried until it succeeds.
+        :param committed: shell condition that holds once the change has been confirmed.
+        :param texts: name and content of the files that the two commands use, see :meth:`path`.
+        :raises PortknockError: the timer can't be armed.
+        """
+        shutil.rmtree(self._trial, ignore_errors=True)
+        os.makedirs(self._trial, mode=0o700)
+        try:
+            for name, text in texts.items():
+                write_text(self.path(name), text, 0o600)
+            script = _SCRIPT.format(
+                path=SEARCH_PATH,
+                folder=shlex.quote(self.folder),
+                run=shlex.quote(run),
+                committed=committed,
+                restore=restore,
+            )
+            write_text(self.path("restore.sh"), script, 0o700)
+            write_text(self.path("deadline"), f"{_uptime() + seconds:.2f}", 0o600)
+            self._arm(run, seconds)
+            # Last: without it the script does nothing.
+            write_text(self.path("run"), run, 0o600)
+        except BaseException:
+            self.end(run)
+            raise
+
+    def require(self, run: str) -> None:
+        """Make sure that this run's trial is still on.
+
+        :raises PortknockError: it has ended: the host has gone back, or another run took over.
+        """
+        pending = self.pending()
+        if pending is None or pending.run != run:
+            raise PortknockError("The trial has ended already: it was not confirmed in time and the host has gone back.")
+
+    def end(self, run: str) -> None:
+        """Disarm the timer and forget the way back, while the lock is held."""
+        pid = read_text(self.path("pid"))
+        shutil.rmtree(self._trial, ignore_errors=True)
+        self._disarm(run, pid)
+
+    def restore(self) -> None:
+        """Go back now instead of waiting for the timer. The lock must be free: the script takes it."""
+        pending = self.pending()
+        if pending is None:
+            return
+        pid = read_text(self.path("pid"))
+        self._run(["/bin/sh", self.path("restore.sh")], None)
+        if self.pending() is None:
+            self._disarm(pending.run, pid)
+
+    def _disarm(self, run: str, pid: Optional[str]) -> None:
+        if pid is None:
+            self._run(["systemctl", "stop", f"{UNIT_PREFIX}{run}.timer"], None)
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(pid), signal.SIGTERM)
+
+    def _arm(self, run: str, seconds: int) -> None:
+        script = self.path("restore.sh")
+        armed = self._run(
+            [
+                "systemd-run",
+                "--quiet",
+                f"--unit={UNIT_PREFIX}{run}",
+                "--description=Bring back the gate that was there before an unconfirmed change",
+                f"--on-active={seconds}",
+                "--timer-property=AccuracySec=100ms",
+                "/bin/sh",
+                script,
+            ],
+            None,
+        )
+        if armed.code == 0:
+            return
+        # No systemd that answers: a process of its own session, which outlives the connection that started it.
+        try:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", f"sleep {int(seconds)}; exec /bin/sh {shlex.quote(script)}"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
+            )
+        except OSError as exc:
+            raise PortknockError(
+                f"Neither systemd-run (exit code {armed.code}) nor a process of its own ({exc.strerror}) can be started "
+                "to bring the host back, so nothing was changed."
+            ) from None
+        write_text(self.path("pid"), str(process.pid), 0o600)
+
+
+def _uptime() -> float:
+    """Seconds since boot; stepping the clock does not move it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME if hasattr(time, "CLOCK_BOOTTIME") else time.CLOCK_MONOTONIC)
+
+
+__all__ = ("GRACE_SECONDS", "LOCK_SECONDS", "UNIT_PREFIX", "Pending", "Trial")

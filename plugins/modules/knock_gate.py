@@ -1,0 +1,175 @@
+#!/usr/bin/python
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: knock_gate
+short_description: Apply, prove and confirm a gate, or take it away, as one task
+version_added: 0.1.0
+description:
+  - Renders the back end's templates with the host's secrets from the keyring, compares them with the host's files and its
+    kernel, and where they differ arms a timer on the host that brings the former state back, loads the new gate, proves from
+    the controller that it is closed without the knock and open with it, and confirms it over a fresh connection that went
+    through it.
+  - A gate that is not proved is rolled back, by the task where the connection still serves, otherwise by the host's timer.
+  - Most settings have the meaning and default that the role P(fleet.portknock.knock_server#role) gives them there.
+author:
+  - fleet.portknock contributors (@fleet-portknock)
+extends_documentation_fragment:
+  - fleet.portknock.keyring.module
+attributes:
+  check_mode:
+    description: Can run in C(check_mode) and return changed status prediction without modifying target.
+    support: full
+  diff_mode:
+    description: Will return details on what has changed (or possibly needs changing in C(check_mode)), when in diff mode.
+    support: full
+    details: Secret elements are shown as their number.
+  idempotent:
+    description: When run twice in a row outside check mode, with the same arguments, the second invocation indicates no change.
+    support: full
+  async:
+    description: Supports being used with the C(async) keyword.
+    support: none
+    details: The arguments of an asynchronous task are kept in a file on the host.
+options:
+  state:
+    description:
+      - V(applied) makes the host's gate the wanted one, V(absent) takes it away.
+    type: str
+    choices: [applied, absent]
+    default: applied
+  backend:
+    description: What enforces the gate.
+    type: str
+    choices: [nftables]
+    default: nftables
+  settings:
+    description:
+      - The gate's settings, with the names and meanings of the role's variables less their prefix, such as
+        C(protected_ports) for C(knock_server_protected_ports).
+      - Required with O(state=applied).
+    type: dict
+  operators:
+    description:
+      - Who may knock, by their names in the keyring. The first one's sequence is what the proof uses.
+      - Required with O(state=applied).
+    type: list
+    elements: str
+  templates:
+    description:
+      - Folder on the controller with a folder of templates for each back end.
+      - Required with O(state=applied).
+    type: path
+  confirm_timeout:
+    description: Seconds after which the host goes back by itself when the change has not been confirmed, 10 to 3600.
+    type: int
+    default: 60
+  found:
+    description:
+      - What M(fleet.portknock.knock_gate_info) reported of this host.
+      - Required with O(state=applied).
+    type: dict
+  phase:
+    description: Which step the host is asked to do; the action plugin sets it.
+    type: str
+    choices: [apply, confirm, rollback]
+    default: apply
+  payload:
+    description: Rendered texts and what belongs to them, as one opaque text; the action plugin sets it.
+    type: str
+notes:
+  - Asynchronous tasks and C(ANSIBLE_KEEP_REMOTE_FILES) are refused, and pipelining is always used, so that no secret comes to
+    lie in a temporary file.
+seealso:
+  - module: fleet.portknock.knock_gate_info
+  - module: fleet.portknock.knock_keyring
+"""
+
+EXAMPLES = r"""
+- name: Apply, prove and confirm the gate
+  fleet.portknock.knock_gate:
+    settings:
+      protected_ports: [22/tcp]
+    operators: [default]
+    templates: "{{ role_path }}/templates"
+    found: "{{ found }}"
+
+- name: Take the gate away
+  fleet.portknock.knock_gate:
+    state: absent
+"""
+
+RETURN = r"""
+reasons:
+  description: What differed from the wanted state, each in a few words without secrets.
+  returned: success
+  type: list
+  elements: str
+proof:
+  description: What the proof saw, from the controller.
+  returned: when something was changed outside check mode
+  type: dict
+  contains:
+    closed:
+      description: For each address and protected port what a connection without the knock met, and what a closed port showed.
+      type: list
+      elements: dict
+    opened:
+      description: The address and port that opened, and how many milliseconds after the first knock.
+      type: dict
+    notes:
+      description: What could not be proved, and why.
+      type: list
+      elements: str
+rolled_back:
+  description: Whether the host was brought back because the proof failed.
+  returned: failure
+  type: bool
+"""
+
+import json
+import os
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._phases import run_phase
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "state": {"type": "str", "choices": ["applied", "absent"], "default": "applied"},
+            "backend": {"type": "str", "choices": sorted(BACK_ENDS), "default": "nftables"},
+            "settings": {"type": "dict"},
+            "operators": {"type": "list", "elements": "str"},
+            "templates": {"type": "path"},
+            "confirm_timeout": {"type": "int", "default": 60},
+            "found": {"type": "dict"},
+            "phase": {"type": "str", "choices": ["apply", "confirm", "rollback"], "default": "apply"},
+            "payload": {"type": "str", "no_log": True},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        payload: dict[str, Any] = json.loads(module.params["payload"] or "null")
+        if not isinstance(payload, dict):
+            raise PortknockError("knock_gate runs through its action plugin; this call did not come from it.")
+        result = run_phase(
+            module.params["phase"],
+            module.params["state"],
+            module.params["backend"],
+            payload,
+            pid=os.getppid(),
+            check_mode=module.check_mode,
+        )
+    except PortknockError as exc:
+        module.fail_json(msg=str(exc))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+#!/usr/bin/python
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: knock_gate_info
+short_description: Report what a host has of port knocking, and what a gate has to respect there
+version_added: 0.1.0
+description:
+  - Reads the host's gate, its packet filter, init system, sockets and addresses in one round trip, and changes nothing.
+  - The result names no port of a knock sequence.
+author:
+  - fleet.portknock contributors (@fleet-portknock)
+attributes:
+  check_mode:
+    description: Can run in C(check_mode) and return changed status prediction without modifying target.
+    support: full
+  diff_mode:
+    description: Will return details on what has changed (or possibly needs changing in C(check_mode)), when in diff mode.
+    support: none
+  idempotent:
+    description: When run twice in a row outside check mode, with the same arguments, the second invocation indicates no change.
+    support: full
+options:
+  backend:
+    description: The back end to look for.
+    type: str
+    choices: [nftables]
+    default: nftables
+seealso:
+  - module: fleet.portknock.knock_gate
+"""
+
+EXAMPLES = r"""
+- name: See what is there
+  fleet.portknock.knock_gate_info:
+  register: found
+
+- name: Say whose secrets the gate was made of
+  ansible.builtin.debug:
+    msg: "keyring {{ found.gate.keyring_id }}, generation {{ found.gate.generation }}"
+  when: found.gate.present
+"""
+
+RETURN = r"""
+gate:
+  description: The gate that was confirmed on this host.
+  returned: always
+  type: dict
+  contains:
+    present:
+      description: Whether a confirmed gate is on disk.
+      type: bool
+    loaded:
+      description: Whether the kernel has the gate's table.
+      type: bool
+    on_trial:
+      description: Whether a change waits for its confirmation.
+      type: bool
+    backend:
+      description: Back end of the confirmed gate; V(null) without one.
+      type: str
+    keyring_id:
+      description: Id of the keyring whose secrets the gate was made of; V(null) without a gate.
+      type: str
+    generation:
+      description: Generation of these secrets; 0 without a gate.
+      type: int
+backend:
+  description: What the asked-for back end can do here.
+  returned: always
+  type: dict
+  contains:
+    name:
+      description: The back end.
+      type: str
+    version:
+      description: Version of its program; V(null) where it is not installed.
+      type: str
+    missing_programs:
+      description: Programs that have to be installed.
+      type: list
+      elements: str
+    capabilities:
+      description: Which of the optional ways the host can go.
+      type: dict
+    problem:
+      description: Why the back end can't work here; V(null) where it can or where it is not installed yet.
+      type: str
+init:
+  description: Name of the init system, such as V(systemd).
+  returned: always
+  type: str
+ports_in_use:
+  description: Ports that services of the host wait on, as port/protocol.
+  returned: always
+  type: list
+  elements: str
+firewalls:
+  description: Programs beside the gate that manage packet filters and are active here.
+  returned: always
+  type: list
+  elements: str
+ssh_source:
+  description: Address that this connection comes from, as the host sees it; V(null) where it is not an ssh connection.
+  returned: always
+  type: str
+conntrack:
+  description: Entries that the kernel's connection tracking holds, and the most it can hold; both V(null) where it is not active.
+  returned: always
+  type: dict
+  contains:
+    count:
+      description: Entries in use.
+      type: int
+    maximum:
+      description: The table's size.
+      type: int
+"""
+
+import os
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._inspection import inspect_host
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={"backend": {"type": "str", "choices": sorted(BACK_ENDS), "default": "nftables"}},
+        supports_check_mode=True,
+    )
+    try:
+        module.exit_json(changed=False, **inspect_host(module.params["backend"], os.getppid()))
+    except PortknockError as exc:
+        module.fail_json(msg=str(exc))
+
+
+if __name__ == "__main__":
+    main()

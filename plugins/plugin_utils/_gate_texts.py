@@ -1,0 +1,60 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""From a host's secrets and settings to the texts that are deployed there."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, build_model
+from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets, plan_secrets
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import parse_knocks
+from ansible_collections.fleet.portknock.plugins.plugin_utils._rendering import render
+
+_FIRST_UNPRIVILEGED = 1024
+
+
+def gate_texts(
+    templates: Path,
+    backend: str,
+    settings: GateSettings,
+    operators: Sequence[str],
+    entry: HostSecrets,
+    found: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The fields of the host's ``Wanted``.
+
+    :param found: what knock_gate_info reported.
+    :raises PortknockError: secrets and settings that don't fit together, or a template that does not render.
+    """
+    in_use = parse_knocks(found["ports_in_use"], "ports_in_use")
+    # A service that has come since must not be what an un-knocked source is answered by; what is above 1024 stays
+    # as it was when the secrets were made, so that a service that comes and goes changes nothing.
+    avoid = entry.avoid | {knock.port for knock in in_use if knock.port < _FIRST_UNPRIVILEGED}
+    gate = build_model(
+        settings, entry.wanted(operators), entry.tripwire_seed, avoid, found["backend"]["capabilities"]
+    )
+    return {**render(templates, backend, gate), "keyring": entry.keyring_id, "generation": entry.generation}
+
+
+def throwaway_secrets(
+    host: str, operators: Sequence[str], settings: GateSettings, found: Mapping[str, Any]
+) -> HostSecrets:
+    """Secrets for a check of a host that has none yet: nothing may be written then, and the rules need some."""
+    in_use = parse_knocks(found["ports_in_use"], "ports_in_use")
+    return plan_secrets(
+        None,
+        keyring_id=str(uuid.uuid4()),
+        host=host,
+        operators=operators,
+        now=datetime.now(tz=timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        protected={*settings.protected_tcp, *settings.protected_udp},
+        in_use={knock.port for knock in in_use},
+    ).secrets
+
+
+__all__ = ("gate_texts", "throwaway_secrets")

@@ -1,0 +1,241 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The proof of a gate from outside: what an unprivileged controller sees without the knock, and with it.
+
+What the host says of itself proves nothing, and neither does a connection that was there before; so every look is a
+packet of its own.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings
+from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
+    Address,
+    Probe,
+    knock_until_open,
+    probe,
+    probe_udp,
+    resolve,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
+
+# Longer than the kernel waits before it repeats a SYN (1 s), so that one lost packet doesn't look like silence.
+LOOK_SECONDS = 1.5
+# Where the closed ports for comparison come from: above the ports that services are given.
+_LOWEST_CLOSED = 20000
+_TRIES = 3
+_LOOKS = {"tcp": probe, "udp": probe_udp}
+# What the chosen answers look like from outside; `mimic` is compared instead.
+_EXPECTED = {
+    "drop": {"tcp": "filtered", "udp": "silent"},
+    "reset": {"tcp": "reset", "udp": "refused"},
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The gate as the controller is to see it.
+
+    ``addresses`` lead to the host and must be reachable; ``others`` are further addresses of the host, looked at where
+    they can be reached. ``listening`` are the protected tcp ports that a service waits on, the ssh port first.
+    """
+
+    addresses: Sequence[Address]
+    others: Sequence[Address]
+    protected: Sequence[Knock]
+    listening: Sequence[int]
+    in_use: frozenset[Knock]
+    closed_response: str
+    trusted: bool
+    timeout: float
+
+
+@dataclass
+class Proof:
+    """What was seen; ``notes`` say what could not be proved."""
+
+    closed: list[dict[str, Any]] = field(default_factory=list)
+    opened: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_result(self) -> dict[str, Any]:
+        """The proof as a task result."""
+        return {"closed": self.closed, "opened": self.opened, "notes": self.notes}
+
+
+def subject_of(settings: GateSettings, addresses: Sequence[Address], host: Mapping[str, Any], timeout: float) -> Subject:
+    """The subject of a proof.
+
+    :param host: what the host said after the gate was loaded (``ipv6_addresses``, ``ports_in_use``, ``source_trusted``).
+    """
+    port = addresses[0].port
+    known = {address.host for address in addresses}
+    in_use = parse_knocks(host["ports_in_use"], "ports_in_use")
+    listening = [knock.port for knock in in_use if knock.proto == "tcp" and knock.port in settings.protected_tcp]
+    return Subject(
+        addresses=addresses,
+        others=[
+            address for text in host["ipv6_addresses"] if text not in known for address in resolve(text, port, "inet6")
+        ],
+        protected=[
+            *(Knock(protected, "tcp") for protected in settings.protected_tcp),
+            *(Knock(protected, "udp") for protected in settings.protected_udp),
+        ],
+        listening=sorted(listening, key=lambda listens: listens != port),
+        in_use=frozenset(in_use),
+        closed_response=settings.closed_response,
+        trusted=bool(host["source_trusted"]),
+        timeout=timeout,
+    )
+
+
+def prove(subject: Subject, knocks: Sequence[Knock]) -> Proof:
+    """Look without the knock, then knock and look again.
+
+    :param knocks: the sequence that has to open the gate.
+    :raises PortknockError: says which look at which address, from where, saw what.
+    """
+    proof = Proof()
+    reached = _prove_closed(subject, frozenset(knocks), proof)
+    if not subject.listening:
+        proof.notes.append("Not proved open: no service waits on a protected tcp port.")
+        return proof
+    families: set[int] = set()
+    for address in reached:
+        if address.family in families:
+            continue
+        families.add(address.family)
+        _prove_open(subject, address, knocks, proof)
+    return proof
+
+
+def prove_removed(addresses: Sequence[Address], port: int, timeout: float) -> None:
+    """See that the port of the connection answers without a knock.
+
+    :raises PortknockError: it does not.
+    """
+    seen = [probe(address, timeout) for address in addresses]
+    if not any(look.state == "open" for look in seen):
+        raise PortknockError(
+            f"Without the gate, port {port}/tcp of {_name(addresses[0])} does not answer a fresh connection from "
+            f"{_local_address(addresses[0])}: it showed {seen[0].state}."
+        )
+
+
+def _prove_closed(subject: Subject, knocks: frozenset[Knock], proof: Proof) -> list[Address]:
+    """Compare every protected port with a closed one; returns the addresses that can be reached."""
+    jobs = [
+        (address, port, is_other)
+        for is_other, addresses in ((False, subject.addresses), (True, subject.others))
+        for address in addresses
+        for port in subject.protected
+    ]
+    with ThreadPoolExecutor(max_workers=min(16, len(jobs) or 1)) as pool:
+        looks = list(pool.map(lambda job: _look_twice(job[0], job[1], subject, knocks), jobs))
+    reached: list[Address] = []
+    for (address, port, is_other), (seen, closed) in zip(jobs, looks, strict=True):
+        silent = closed.state in ("unreachable", "filtered", "silent")
+        if is_other and silent and seen.state == closed.state:
+            # Silence may be a host that answers nobody or a path that isn't there; only the first is worth a note.
+            proof.notes.append(f"Not proved on {_name(address)}: it can't be told from here whether it is reached.")
+            continue
+        if seen.state == "unreachable" and not is_other and len(subject.addresses) > 1:
+            proof.notes.append(f"Not proved on {_name(address)}: it can't be reached from here ({seen.error}).")
+            continue
+        if address not in reached:
+            reached.append(address)
+        if subject.trusted:
+            continue
+        _judge(subject, address, port, seen, closed)
+        proof.closed.append(
+            {"address": _name(address), "port": str(port), "showed": seen.state, "closed_port_showed": closed.state}
+        )
+    if subject.trusted:
+        proof.notes.append("Not proved closed: the controller's address is a trusted source.")
+    if not reached:
+        raise PortknockError(
+            f"No address of the host can be reached with a fresh packet from here: tried {_names(subject.addresses)}."
+        )
+    return reached
+
+
+def _look_twice(address: Address, port: Knock, subject: Subject, knocks: frozenset[Knock]) -> tuple[Probe, Probe]:
+    """One look at the protected port and one at a closed port, again where they differ: networks lose packets."""
+    look = _LOOKS[port.proto]
+    seen = closed = Probe("unreachable")
+    for _attempt in range(_TRIES):
+        seen = look(address.at(port.port), LOOK_SECONDS)
+        closed = look(address.at(_closed_port(port.proto, subject, knocks)), LOOK_SECONDS)
+        if seen == closed or seen.state in ("open", "answered"):
+            break
+    return seen, closed
+
+
+def _judge(subject: Subject, address: Address, port: Knock, seen: Probe, closed: Probe) -> None:
+    where = f"port {port} of {_name(address)}, seen from {_local_address(address)} without the knock,"
+    if seen.state in ("open", "answered"):
+        raise PortknockError(f"Not closed: {where} answered ({seen.state}).")
+    expected = _EXPECTED.get(subject.closed_response)
+    if expected is None and seen != closed:
+        raise PortknockError(
+            f"Not hidden: {where} showed {_look(seen)} and a closed port {_look(closed)}, where "
+            "knock_server_closed_response=mimic promises the same. This host's packet filter answers in a way that can't "
+            "be mimicked: choose drop or reset, whichever its closed ports show."
+        )
+    if expected is not None and seen.state != expected[port.proto]:
+        raise PortknockError(
+            f"Not hidden: {where} showed {_look(seen)}, where knock_server_closed_response={subject.closed_response} "
+            f"promises {expected[port.proto]}."
+        )
+
+
+def _prove_open(subject: Subject, address: Address, knocks: Sequence[Knock], proof: Proof) -> None:
+    port = subject.listening[0]
+    result = knock_until_open([address.at(port)], knocks, port, subject.timeout)
+    if result.state != "open":
+        raise PortknockError(
+            f"Not opened: port {port}/tcp of {_name(address)}, seen from {_local_address(address)}, showed "
+            f"{result.state} after the right knock was sent {result.attempts} times in {result.elapsed:.1f} s."
+        )
+    proof.opened.append({"address": _name(address), "port": f"{port}/tcp", "milliseconds": round(result.elapsed * 1000, 1)})
+
+
+def _closed_port(proto: str, subject: Subject, knocks: Iterable[Knock]) -> int:
+    taken = {knock.port for knock in (*subject.in_use, *subject.protected, *knocks)}
+    while True:
+        port = _LOWEST_CLOSED + secrets.randbelow(HIGHEST_PORT - _LOWEST_CLOSED)
+        if port not in taken:
+            return port
+
+
+def _look(seen: Probe) -> str:
+    return f"{seen.state} ({seen.error})" if seen.error else seen.state
+
+
+def _name(address: Address) -> str:
+    return address.host
+
+
+def _names(addresses: Sequence[Address]) -> str:
+    return ", ".join(_name(address) for address in addresses) or "none"
+
+
+def _local_address(address: Address) -> str:
+    """The address that packets to the host leave from; asking sends none."""
+    with socket.socket(address.family, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(address.at(9).sockaddr)
+        except OSError:
+            return "here"
+        return str(sock.getsockname()[0])
+
+
+__all__ = ("Proof", "Subject", "prove", "prove_removed", "subject_of")

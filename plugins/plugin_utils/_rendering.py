@@ -1,0 +1,54 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Rendering a back end's templates.
+
+They are rendered here and not by a task, so that no secret ever becomes a variable; they see ``gate`` and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
+
+# What is rendered for the host: the gate, the table that stands in where the gate can't be loaded at boot, and the unit.
+TEMPLATES = {"gate": "gate.nft.j2", "closed": "closed.nft.j2", "unit": "fleet-portknock.service.j2"}
+
+
+def render(folder: Path, backend: str, gate: Mapping[str, Any]) -> dict[str, str]:
+    """Render every template of a back end.
+
+    :param folder: holds a folder of templates for each back end.
+    :param gate: the model that the templates see.
+    :returns: the texts, with the keys of :data:`TEMPLATES`.
+    :raises PortknockError: a template is missing or wrong; says which and on what line, never with what values.
+    """
+    # Plain text for nft and systemd, so there is nothing to escape; whitespace as in Ansible's own templates.
+    environment = Environment(
+        loader=FileSystemLoader(folder / backend),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701
+    )
+    texts = {}
+    for key, name in TEMPLATES.items():
+        try:
+            texts[key] = environment.get_template(name).render(gate=gate)
+        except TemplateError as exc:
+            line = getattr(exc, "lineno", None)
+            where = f"{folder / backend / name}, line {line}" if line else str(folder / backend / name)
+            raise PortknockError(
+                f"knock_server_templates: expected a template that renders; {where}: {type(exc).__name__}."
+            ) from None
+        except OSError as exc:
+            raise PortknockError(
+                f"knock_server_templates: expected {folder / backend / name} to be readable; got {exc.strerror}."
+            ) from None
+    return texts
+
+
+__all__ = ("TEMPLATES", "render")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 
 class ModuleDocFragment:
-    """``fleet.portknock.keyring`` for plugins that have the options, ``.module`` for tasks that take them from there."""
+    """``fleet.portknock.keyring`` for plugins that have the options, ``.module`` for tasks that use them."""
 
     DOCUMENTATION: str = r"""
 options:
@@ -17,7 +17,8 @@ options:
       - Where it is not set, C(knock_keyring) in the folder of the host's inventory. Without such a folder, as with
         C(-i host,), it must be set.
       - Where an inventory source is itself a folder, Ansible reads the files below it as inventory. Keep the keyring
-        elsewhere then, or add C(^knock_keyring$) to C(ignore_patterns) in the section C([inventory]) of C(ansible.cfg).
+        elsewhere then, or add C(^knock_keyring$) to C(ignore_patterns) in the section C([inventory]) of
+        C(ansible.cfg).
       - The folder is made at its first use; the folder above it has to be there.
     type: str
     vars:
@@ -55,8 +56,8 @@ notes:
     P(fleet.portknock.knock_ssh#connection:knock_keyring_plaintext), which are set by variable, environment or
     C(ansible.cfg).
   - Files of the keyring are encrypted and decrypted with the vault secrets of the run, such as C(--vault-id) and
-    C(--vault-password-file) give them. Where there are several, C(vault_encrypt_identity) of the configuration says which
-    one encrypts, otherwise the first does, and any may decrypt.
+    C(--vault-password-file) give them. Where there are several, C(vault_encrypt_identity) of the configuration says
+    which one encrypts, otherwise the first does, and any may decrypt.
 """
 
 

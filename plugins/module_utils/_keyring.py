@@ -127,7 +127,6 @@ class HostSecrets:
     def describe(self) -> dict[str, object]:
         """Return what may be shown of this: for diffs and reports, without a port, protocol or seed."""
         return {
-            "keyring": self.keyring_id,
             "host": self.host,
             "generation": self.generation,
             "removed": self.removed,

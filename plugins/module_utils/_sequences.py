@@ -38,9 +38,7 @@ def check_length(length: object) -> int:
     :raises PortknockError: not a whole number from 3 to 16.
     """
     if isinstance(length, bool) or not isinstance(length, int) or not SHORTEST <= length <= LONGEST:
-        raise PortknockError(
-            f"{_LENGTH_OPTION}: expected a whole number from {SHORTEST} to {LONGEST}; got {length!r}."
-        )
+        raise PortknockError(f"{_LENGTH_OPTION}: expected a whole number from {SHORTEST} to {LONGEST}; got {length!r}.")
     return length
 
 
@@ -55,7 +53,7 @@ def check_protocols(protocols: object) -> tuple[str, ...]:
         and all(proto in PROTOCOLS for proto in protocols)
         and len(set(protocols)) == len(protocols)
     ):
-        return tuple(protocols)
+        return tuple(str(proto) for proto in protocols)
     raise PortknockError(f"{_PROTOCOLS_OPTION}: expected a list of tcp, udp or both, each once; got {protocols!r}.")
 
 

@@ -44,7 +44,7 @@ _TEMPORARY_FILE = ".writing"
 _LOCK_SECONDS = 20.0
 _POLL_SECONDS = 0.02
 _ENCRYPTED = b"$ANSIBLE_VAULT;"
-_HOW_TO_GIVE_A_SECRET = (
+_REMEDY = (
     "Give the run a vault secret, such as --vault-id or --vault-password-file on the command line, or "
     "vault_password_file in ansible.cfg"
 )
@@ -64,7 +64,7 @@ class Cipher(Protocol):
 
 
 class RunVault:
-    """The vault secrets that an Ansible run was given: encrypts with the one that core would take, decrypts with any."""
+    """The vault secrets of an Ansible run: encrypts with the one that core would take, decrypts with any."""
 
     def __init__(self, secrets: list[tuple[str, Any]]) -> None:
         self._secrets = secrets
@@ -139,12 +139,15 @@ class Keyring:
         """
         return self._parse(host, self._read(self.path(host)), self.id)
 
-    def update(self, host: str, change: Callable[[HostSecrets | None], HostSecrets]) -> tuple[HostSecrets, bool]:
-        """Change what is kept of a host; return it, and whether it was written.
+    def update(
+        self, host: str, change: Callable[[HostSecrets | None], HostSecrets], dry_run: bool = False
+    ) -> tuple[HostSecrets, bool]:
+        """Change what is kept of a host; return it, and whether that is a change.
 
         Everything is checked before anything is written, so whatever is raised, the former file is there.
 
         :param change: called with what is kept and, where another writer came between, once more. It may raise.
+        :param dry_run: write nothing.
         :raises PortknockError: as :meth:`load`; no vault secret to encrypt with; the lock is held for too long.
         """
         if self._vault is None and not self._plaintext:
@@ -154,21 +157,23 @@ class Keyring:
             self._check_empty()
             self._id = str(uuid.uuid4())
         try:
-            return self._update(host, change, founding)
+            return self._update(host, change, founding, dry_run)
         finally:
             if founding and not self.founded:
                 self._id = None
 
     def _update(
-        self, host: str, change: Callable[[HostSecrets | None], HostSecrets], founding: bool
+        self, host: str, change: Callable[[HostSecrets | None], HostSecrets], founding: bool, dry_run: bool
     ) -> tuple[HostSecrets, bool]:
         path = self.path(host)
         before = self._read(path)
         existing = self._parse(host, before, self._id)
         wanted = change(existing)
         # Without the lock, so that runs that change nothing neither wait nor write.
-        if wanted == existing:
-            return wanted, False
+        if wanted == existing or dry_run:
+            return wanted, wanted != existing
+        # Before anything is written, and before others are kept waiting.
+        content = self._render(wanted)
         if founding:
             self._make_directory()
         with self._locked():
@@ -186,41 +191,45 @@ class Keyring:
                 wanted = change(existing)
                 if wanted == existing:
                     return wanted, False
-            self._write(path, self._render(wanted))
+                content = self._render(wanted)
+            self._write(path, content)
         return wanted, True
 
-    def promote(self, host: str) -> bool:
-        """Make each next sequence of a host the current one, after the gate was proved; return whether that changed.
+    def promote(self, host: str, dry_run: bool = False) -> HostSecrets:
+        """Make each next sequence of a host the current one, after the gate was proved; return what is kept now.
 
         :raises PortknockError: as :meth:`update`, or nothing is kept of the host.
         """
-        return self.update(host, lambda kept: self._entry(host, kept).promoted())[1]
 
-    def mark_removed(self, host: str) -> bool:
-        """Mark a host's entry, if there is one, as that of a host whose gate was taken away; return whether it changed.
+        def change(kept: HostSecrets | None) -> HostSecrets:
+            if kept is None:
+                raise PortknockError(f"The keyring {self.directory}: expected an entry for {host}; got none.")
+            return kept.promoted()
+
+        return self.update(host, change, dry_run)[0]
+
+    def mark_removed(self, host: str, dry_run: bool = False) -> HostSecrets | None:
+        """Mark a host's entry, if there is one, as that of a host whose gate was taken away; return what is kept now.
 
         :raises PortknockError: as :meth:`update`.
         """
-        if self.load(host) is None:
-            return False
-        return self.update(host, lambda kept: self._entry(host, kept).marked_removed())[1]
+        entry = self.load(host)
+        if entry is None:
+            return None
+        return self.update(host, lambda kept: (kept or entry).marked_removed(), dry_run)[0]
 
-    def purge(self, host: str) -> bool:
+    def purge(self, host: str, dry_run: bool = False) -> bool:
         """Delete a host's file, if it is there and is this keyring's; return whether it was.
 
         :raises PortknockError: as :meth:`load`; the lock is held for too long.
         """
         if self.load(host) is None:
             return False
-        with self._locked(), self._reported("delete", self.path(host)):
-            self.path(host).unlink(missing_ok=True)
-            _sync_directory(self.directory)
+        if not dry_run:
+            with self._locked(), self._reported("delete", self.path(host)):
+                self.path(host).unlink(missing_ok=True)
+                _sync_directory(self.directory)
         return True
-
-    def _entry(self, host: str, kept: HostSecrets | None) -> HostSecrets:
-        if kept is None:
-            raise PortknockError(f"The keyring {self.directory}: expected an entry for {host}; got none.")
-        return kept
 
     def _parse(self, host: str, content: bytes | None, keyring_id: str | None) -> HostSecrets | None:
         if content is None:
@@ -255,9 +264,7 @@ class Keyring:
                 )
             return content
         if self._vault is None:
-            raise PortknockError(
-                f"{path}: expected a vault secret to decrypt it with; got none. {_HOW_TO_GIVE_A_SECRET}."
-            )
+            raise PortknockError(f"{path}: expected a vault secret to decrypt it with; got none. {_REMEDY}.")
         try:
             return self._vault.decrypt(content)
         except PortknockError as exc:
@@ -284,7 +291,7 @@ class Keyring:
     def _no_secret(self) -> PortknockError:
         return PortknockError(
             f"The keyring {self.directory}: expected a vault secret to encrypt it with; got none. "
-            f"{_HOW_TO_GIVE_A_SECRET}, or set knock_keyring_plaintext to keep plain files."
+            f"{_REMEDY}, or set knock_keyring_plaintext to keep plain files."
         )
 
     def _no_id(self) -> PortknockError:
@@ -305,8 +312,8 @@ class Keyring:
             keyring_id = None
         if not isinstance(keyring_id, str) or not keyring_id:
             raise PortknockError(
-                f"{path}: expected a keyring's id of format {_IDENTITY_FORMAT}; got something else. The file is damaged or is not a "
-                f"keyring's; restore it from a backup."
+                f"{path}: expected a keyring's id of format {_IDENTITY_FORMAT}; got something else. The file is "
+                f"damaged or is not a keyring's; restore it from a backup."
             )
         return keyring_id
 
@@ -342,7 +349,9 @@ class Keyring:
         with self._reported("write", path):
             temporary.unlink(missing_ok=True)
             try:
-                with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+                with open(
+                    os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb"
+                ) as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())

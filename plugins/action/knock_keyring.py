@@ -1,0 +1,176 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Glue between the task's arguments and the keyring; runs in the controller's process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
+    HostSecrets,
+    Plan,
+    check_host_state,
+    check_operators,
+    parse_given,
+    plan_secrets,
+    read_host_state,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._nmap_ports import nmap_ports, read_nmap_services
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, parse_knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._sequences import DEFAULT_LENGTH
+from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import Keyring, keyring_options, open_keyring
+
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "state": {"type": "str", "choices": ["present", "promoted", "removed", "absent"], "default": "present"},
+    "operators": {"type": "list", "elements": "str", "default": ["default"]},
+    "length": {"type": "int", "default": DEFAULT_LENGTH},
+    "protocols": {"type": "list", "elements": "str", "choices": ["tcp", "udp"], "default": ["tcp"]},
+    # Raw, since the check of a type would print what it was given.
+    "sequences": {"type": "raw", "default": {}},
+    "protected_ports": {"type": "list", "elements": "str", "default": ["22/tcp"]},
+    "ports_in_use": {"type": "list", "elements": "raw", "default": []},
+    "nmap_services": {"type": "path"},
+    "host_state": {"type": "dict", "default": {}},
+    "adopt": {"type": "bool", "default": False},
+}
+
+
+class ActionModule(ActionBase):
+    """See the module's documentation."""
+
+    TRANSFERS_FILES = False
+    _requires_connection = False
+    _supports_check_mode = True
+    _supports_async = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        _validation, arguments = self.validate_argument_spec(argument_spec=_ARGUMENTS)
+        variables = task_vars or {}
+        host = str(variables["inventory_hostname"])
+        try:
+            keyring = open_keyring(keyring_options(variables, self._templar))
+            result.update(self._act(keyring, host, arguments))
+        except PortknockError as exc:
+            raise AnsibleActionFail(str(exc)) from exc
+        for source in variables.get("ansible_inventory_sources") or []:
+            if os.path.isdir(source) and keyring.directory.is_relative_to(os.path.abspath(source)):
+                self._display.warning(
+                    f"The keyring {keyring.directory} lies inside the inventory source {source}, so Ansible reads "
+                    f"its files as inventory. Set knock_keyring_dir to a folder elsewhere, or add "
+                    f"^{keyring.directory.name}$ to ignore_patterns in the section inventory of ansible.cfg."
+                )
+        return result
+
+    def _act(self, keyring: Keyring, host: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        state, dry_run = arguments["state"], bool(self._task.check_mode)
+        before = keyring.load(host)
+        after = before
+        created: tuple[str, ...] = ()
+        warnings: tuple[str, ...] = ()
+        if state == "present":
+            before, (after, _changed, created, warnings) = self._present(keyring, host, arguments)
+        elif state == "promoted":
+            after = keyring.promote(host, dry_run)
+        elif state == "removed":
+            after = keyring.mark_removed(host, dry_run)
+        else:
+            keyring.purge(host, dry_run)
+            after = None
+        return {
+            "changed": before != after,
+            "path": str(keyring.path(host)),
+            "keyring_id": keyring.id,
+            "keyring_created": keyring.founded,
+            "generation": after.generation if after else None,
+            "created": list(created),
+            "warnings": [*warnings, *_news(keyring)],
+            "diff": {
+                "before_header": str(keyring.path(host)),
+                "after_header": str(keyring.path(host)),
+                "before": _shown(before),
+                "after": _shown(after),
+            },
+        }
+
+    def _present(self, keyring: Keyring, host: str, arguments: Mapping[str, Any]) -> tuple[HostSecrets | None, Plan]:
+        """Return what was kept, and what became of it."""
+        operators = check_operators(arguments["operators"])
+        given = parse_given(arguments["sequences"], operators)
+        protected = parse_knocks(arguments["protected_ports"], "knock_server_protected_ports")
+        in_use = frozenset(_port(value) for value in arguments["ports_in_use"])
+        avoided = _avoided(arguments["nmap_services"])
+        state = read_host_state(arguments["host_state"])
+        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        known_id = keyring.id
+        # The keyring calls again where another writer came between; the last call counts.
+        history: list[tuple[HostSecrets | None, Plan]] = []
+
+        def change(kept: HostSecrets | None) -> HostSecrets:
+            check_host_state(state, kept, known_id, host, arguments["adopt"])
+            plan = plan_secrets(
+                kept,
+                keyring_id=keyring.id or "",
+                host=host,
+                operators=operators,
+                now=now,
+                length=arguments["length"],
+                protocols=arguments["protocols"],
+                given=given,
+                protected={knock.port for knock in protected},
+                nmap_ports=avoided,
+                in_use=in_use,
+                state=state,
+            )
+            history.append((kept, plan))
+            return plan.secrets
+
+        keyring.update(host, change, bool(self._task.check_mode))
+        return history[-1]
+
+
+def _port(value: object) -> int:
+    """A port in use: a number, or port/protocol."""
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= HIGHEST_PORT:
+        # Ansible's tagged numbers are not what YAML writes.
+        return int(value)
+    return parse_knock(value, "ports_in_use").port
+
+
+def _avoided(path: str | None) -> frozenset[int]:
+    """nmap's ports, with those of the file that the user names."""
+    if not path:
+        return nmap_ports()
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as exc:
+        raise PortknockError(
+            f"knock_server_nmap_services: expected a file on the controller that this user can read; got {path}: "
+            f"{exc.strerror}."
+        ) from exc
+    return nmap_ports() | read_nmap_services(text)
+
+
+def _news(keyring: Keyring) -> list[str]:
+    if not keyring.founded:
+        return []
+    return [
+        f"The keyring {keyring.directory} is new, with the id {keyring.id}. Without it and its vault secret nobody can "
+        f"open the gates: keep copies of both."
+    ]
+
+
+def _shown(secrets: HostSecrets | None) -> str:
+    """What a diff shows: no port and no seed."""
+    return "" if secrets is None else yaml.safe_dump(secrets.describe(), sort_keys=False)
+
+
+__all__ = ("ActionModule",)

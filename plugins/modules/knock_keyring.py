@@ -1,0 +1,156 @@
+#!/usr/bin/python
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: knock_keyring
+short_description: Make and keep the secrets of a host on the controller
+version_added: 0.1.0
+description:
+  - Gives each operator of a host a knock sequence of their own and keeps it in the keyring, one vault-encrypted file
+    a host, before anything is deployed.
+  - What is there stays. A sequence is made only where one is missing, is given, or holds a port that became
+    protected.
+  - A sequence that replaces another is kept beside it until O(state=promoted), since the host may honour either.
+  - Runs in the controller's process and neither connects to the host nor delegates.
+  - The result names no port.
+author:
+  - fleet.portknock contributors (@fleet-portknock)
+extends_documentation_fragment:
+  - fleet.portknock.keyring.module
+attributes:
+  check_mode:
+    description: Can run in C(check_mode) and return changed status prediction without modifying target.
+    support: full
+    details: Nothing is written, not even the folder.
+  diff_mode:
+    description:
+      - Will return details on what has changed (or possibly needs changing in C(check_mode)), when in diff mode.
+    support: full
+    details: Sequences are shown as their length, source and time.
+  idempotent:
+    description:
+      - When run twice in a row outside check mode, with the same arguments, the second invocation indicates no change.
+    support: full
+options:
+  state:
+    description:
+      - V(present) makes sure that each of O(operators) has a sequence, and that the entry of a host that was marked
+        removed is live again, with the sequences that it had.
+      - V(promoted) makes each sequence that is being deployed the current one. Use it after the gate was proved with
+        it.
+      - V(removed) marks the entry of a host whose gate was taken away. Its sequences are kept.
+      - V(absent) deletes the host's file for good.
+    type: str
+    choices: [present, promoted, removed, absent]
+    default: present
+  operators:
+    description:
+      - Who may knock at this host. An operator who isn't named any more becomes inactive and keeps their sequence.
+    type: list
+    elements: str
+    default: [default]
+  length:
+    description:
+      - Number of knocks of a sequence that is made now, from 3 to 16. One that is there keeps its own.
+    type: int
+    default: 4
+  protocols:
+    description:
+      - Protocols of a sequence that is made now. With both, each knock's is drawn, and both occur.
+    type: list
+    elements: str
+    choices: [tcp, udp]
+    default: [tcp]
+  sequences:
+    description:
+      - Sequences of your own, as a mapping from an operator's name to a list of port/protocol. Keep them in the
+        vault.
+      - They are held to the rules of those that are made, except that a port on which a service of the host listens
+        is a warning.
+      - An operator whose sequence is taken out of this mapping keeps it.
+    type: raw
+    default: {}
+  protected_ports:
+    description:
+      - Ports that the gate hides, as port/protocol. No sequence holds one.
+    type: list
+    elements: str
+    default: [22/tcp]
+  ports_in_use:
+    description:
+      - Ports that services of the host wait on, as numbers or as port/protocol, such as
+        M(fleet.portknock.knock_gate_info) reports them.
+    type: list
+    elements: raw
+    default: []
+  nmap_services:
+    description:
+      - A newer C(nmap-services) file on the controller. Its ports are avoided beside those that the collection knows.
+    type: path
+  host_state:
+    description:
+      - What M(fleet.portknock.knock_gate_info) reports as RV(fleet.portknock.knock_gate_info#module:gate). A keyring
+        from which that gate can't have come, or an older copy of it, is refused.
+    type: dict
+    default: {}
+  adopt:
+    description:
+      - Accept a gate that came from another keyring, or from a newer copy of this one, and give the host the secrets
+        of this keyring.
+    type: bool
+    default: false
+seealso:
+  - module: fleet.portknock.knock_gate_info
+  - module: fleet.portknock.knock_gate
+"""
+
+EXAMPLES = r"""
+- name: Make the secrets of each host, where they are missing
+  fleet.portknock.knock_keyring:
+
+- name: Two operators, with longer sequences of both protocols
+  fleet.portknock.knock_keyring:
+    operators: [alice, bob]
+    length: 6
+    protocols: [tcp, udp]
+
+- name: A sequence of your own, from a vaulted variable
+  fleet.portknock.knock_keyring:
+    operators: [alice]
+    sequences:
+      alice: "{{ vault_sequence_of_alice }}"
+
+- name: Keep the secrets of a host whose gate was taken away, and mark them
+  fleet.portknock.knock_keyring:
+    state: removed
+"""
+
+RETURN = r"""
+path:
+  description: The host's file on the controller.
+  returned: always
+  type: str
+  sample: /home/ops/fleet/knock_keyring/web1.yml
+keyring_id:
+  description: Id of the keyring; V(null) where nothing has been kept in it yet.
+  returned: always
+  type: str
+  sample: 5d2c1e0a-7b1f-4b53-9f55-1d8f0c6b8a11
+keyring_created:
+  description: Whether this task made the keyring, at its first use.
+  returned: always
+  type: bool
+generation:
+  description: Generation of the host's secrets; V(null) where nothing is kept of the host.
+  returned: always
+  type: int
+  sample: 1
+created:
+  description: Operators who got a sequence for the first time.
+  returned: always
+  type: list
+  elements: str
+  sample: [default]
+"""

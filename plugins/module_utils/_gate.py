@@ -1,0 +1,302 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a gate is: its settings, checked, and the model that a back end's templates render.
+
+The model is an automaton for all operators together, so that what a packet costs does not depend on their number.
+No error text of this module holds a port of a sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import AbstractSet, Optional, Union
+
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._sequences import derive_tripwires
+
+GUARDS = ("tripwires", "strict", "loose")
+CLOSED_RESPONSES = ("mimic", "drop", "reset")
+
+# A client whose first SYN after the knock is lost sends it again after 1 s and after 3 s: a window must outlast both.
+SHORTEST_WINDOW = 5
+LONGEST_SECONDS = 86400
+MOST_TRIPWIRES = 20000
+LARGEST_SET = 2**24
+
+_OPTION = "knock_server_"
+_OPERATOR = re.compile(r"[A-Za-z0-9._@-]{1,64}", re.ASCII)
+_ALL_PORTS = 65535
+
+# Progress and what a packet does to it, as the rules' scratch register holds it (a traffic class, major:minor in hex).
+# Majors 1 are states on the way; these are the rest. The template's vmap names the same values.
+_NOTHING = "0:0"
+_OPEN = "2:0"
+_AGAIN = "3:0"
+_HIGHEST_STATE = 0xFFFF
+
+# Where stand-ins come from: ports that no service is registered for, so that no firewall treats them specially, and
+# below 600, where glibc's bindresvport begins.
+_STAND_INS = tuple(
+    port
+    for block in (range(225, 242), range(249, 256), range(272, 280), range(288, 308), range(325, 333), range(334, 344))
+    for port in block
+)
+_STAND_IN_LABEL = b"fleet.portknock stand-ins version 1\0"
+
+_Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """A gate without its secrets. Times in seconds; trusted sources as CIDR, sorted and without overlap."""
+
+    protected_tcp: tuple[int, ...]
+    protected_udp: tuple[int, ...]
+    guard: str = "tripwires"
+    step_timeout: int = 5
+    open_window: int = 30
+    trusted4: tuple[str, ...] = ()
+    trusted6: tuple[str, ...] = ()
+    closed_response: str = "mimic"
+    tripwires: int = 2000
+    max_sources: int = 262144
+    max_windows: int = 65536
+
+    @property
+    def protected(self) -> frozenset[int]:
+        """The protected ports of either protocol."""
+        return frozenset((*self.protected_tcp, *self.protected_udp))
+
+
+def settings_from(options: Mapping[str, object]) -> GateSettings:
+    """Check the role's settings. Options are named without ``knock_server_``; one that isn't given has its default.
+
+    :raises PortknockError: names the option, what was expected and what came.
+    """
+    protected = parse_knocks(options.get("protected_ports", ["22/tcp"]), f"{_OPTION}protected_ports")
+    if not protected:
+        raise PortknockError(f"{_OPTION}protected_ports: expected at least one port such as 22/tcp; got an empty list.")
+    if max(_count(protected, proto) for proto in ("tcp", "udp")) > len(_STAND_INS) // 2:
+        raise PortknockError(
+            f"{_OPTION}protected_ports: expected at most {len(_STAND_INS) // 2} ports of each protocol; got more."
+        )
+    trusted4, trusted6 = _trusted(options.get("trusted_sources", ()))
+    return GateSettings(
+        protected_tcp=tuple(sorted(knock.port for knock in protected if knock.proto == "tcp")),
+        protected_udp=tuple(sorted(knock.port for knock in protected if knock.proto == "udp")),
+        guard=_choice(options, "guard", GUARDS),
+        step_timeout=_number(options, "step_timeout", 1, LONGEST_SECONDS, " of seconds"),
+        open_window=_number(options, "open_window", SHORTEST_WINDOW, LONGEST_SECONDS, " of seconds"),
+        trusted4=trusted4,
+        trusted6=trusted6,
+        closed_response=_choice(options, "closed_response", CLOSED_RESPONSES),
+        tripwires=_number(options, "tripwires", 1, MOST_TRIPWIRES),
+        max_sources=_number(options, "max_sources", 1, LARGEST_SET),
+        max_windows=_number(options, "max_windows", 1, LARGEST_SET),
+    )
+
+
+def build_model(
+    settings: GateSettings,
+    sequences: Mapping[str, Sequence[Sequence[Knock]]],
+    tripwire_seed: bytes,
+    avoid: AbstractSet[int],
+    probe: Mapping[str, object],
+) -> dict[str, object]:
+    """What the templates see as ``gate``: numbers, strings and lists, the same for the same arguments.
+
+    :param sequences: the sequences that open, by operator.
+    :param avoid: ports that are in use on the host: neither a tripwire nor a stand-in is made of them.
+    :param probe: what the host can do: ``socket_wildcard`` (nft and kernel can tell a listening socket from another).
+    :raises PortknockError: sequences that can't be told apart, or that hold a protected port; a bad operator name.
+    """
+    steps = _automaton(settings, sequences)
+    in_sequences = {knock.port for several in sequences.values() for knocks in several for knock in knocks}
+    barred = settings.protected | in_sequences | avoid
+    tripwires: tuple[int, ...] = ()
+    if settings.guard == "tripwires":
+        tripwires = derive_tripwires(tripwire_seed, settings.tripwires, barred)
+    stand_ins = _stand_ins(tripwire_seed, barred)
+    look = {
+        "tcp": _pair(settings.protected_tcp, stand_ins, settings),
+        "udp": _pair(settings.protected_udp, stand_ins, settings),
+    }
+    return {
+        "protected_tcp": list(settings.protected_tcp),
+        "protected_udp": list(settings.protected_udp),
+        "trusted4": list(settings.trusted4),
+        "trusted6": list(settings.trusted6),
+        "guard": settings.guard,
+        "closed_response": settings.closed_response,
+        "step_timeout": settings.step_timeout,
+        "open_window": settings.open_window,
+        "max_sources": settings.max_sources,
+        "max_windows": settings.max_windows,
+        "steps": steps,
+        "tripwires": sorted(tripwires),
+        "look_tcp": look["tcp"],
+        "look_udp": look["udp"],
+        "socket_wildcard": probe.get("socket_wildcard") is True,
+    }
+
+
+def guess_cost(settings: GateSettings, length: int) -> float:
+    """The chance that one sweep, which sends a packet to each port once in random order, opens the gate.
+
+    For one sequence of ``length`` knocks of one protocol, without regard to the step timeout.
+    """
+    chance = 1.0
+    if settings.guard == "strict":
+        for index in range(length - 1):
+            chance /= _ALL_PORTS - index
+        return chance
+    tripwires = settings.tripwires if settings.guard == "tripwires" else 0
+    for index in range(2, length + 1):
+        chance /= tripwires + index
+    return chance
+
+
+def loose_warning(settings: GateSettings, length: int) -> Optional[str]:
+    """What to tell the user of the guard ``loose``; None for the other guards."""
+    if settings.guard != "loose":
+        return None
+    return (
+        f"{_OPTION}guard: loose ignores wrong ports, so one sweep over all ports in random order opens a sequence of "
+        f"{length} knocks in about 1 of {round(1 / guess_cost(settings, length))} cases, and {length} sweeps open any; "
+        "tripwires or strict make that practically impossible."
+    )
+
+
+def _count(knocks: Iterable[Knock], proto: str) -> int:
+    return sum(knock.proto == proto for knock in knocks)
+
+
+def _choice(options: Mapping[str, object], key: str, choices: Sequence[str]) -> str:
+    value = options.get(key, choices[0])
+    if not isinstance(value, str) or value not in choices:
+        raise PortknockError(f"{_OPTION}{key}: expected one of {', '.join(choices)}; got {value!r}.")
+    return value
+
+
+def _number(options: Mapping[str, object], key: str, lowest: int, highest: int, unit: str = "") -> int:
+    value = options.get(key, getattr(GateSettings, key))
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise PortknockError(
+            f"{_OPTION}{key}: expected a whole number{unit} from {lowest} to {highest}; got {value!r}."
+        )
+    return value
+
+
+def _trusted(values: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    option = f"{_OPTION}trusted_sources"
+    if not isinstance(values, (list, tuple)):
+        raise PortknockError(f"{option}: expected a list such as [192.0.2.0/24]; got {values!r}.")
+    networks4: list[ipaddress.IPv4Network] = []
+    networks6: list[ipaddress.IPv6Network] = []
+    for value in values:
+        network = _network(value, option)
+        if isinstance(network, ipaddress.IPv4Network):
+            networks4.append(network)
+        else:
+            networks6.append(network)
+    # An interval set refuses ranges that overlap.
+    collapsed4 = tuple(ipaddress.collapse_addresses(networks4))
+    collapsed6 = tuple(ipaddress.collapse_addresses(networks6))
+    for everything in (*collapsed4, *collapsed6):
+        if everything.prefixlen == 0:
+            raise PortknockError(f"{option}: expected less than every address there is; got {everything} in sum.")
+    return tuple(map(str, collapsed4)), tuple(map(str, collapsed6))
+
+
+def _network(value: object, option: str) -> _Network:
+    # A scoped address would be taken without its scope by some versions of Python and refused by others.
+    if isinstance(value, str) and "%" not in value:
+        try:
+            return ipaddress.ip_network(value)
+        except ValueError:
+            pass
+    raise PortknockError(
+        f"{option}: expected networks such as 192.0.2.0/24 or 2001:db8::/32, without bits beyond the prefix; got {value!r}."
+    )
+
+
+def _automaton(
+    settings: GateSettings, sequences: Mapping[str, Sequence[Sequence[Knock]]]
+) -> list[dict[str, object]]:
+    """The transitions that knocks make: in ``state``, a packet to ``proto`` and ``port`` leads to ``next``."""
+    option = f"{_OPTION}sequences"
+    steps: list[dict[str, object]] = []
+    first_of: dict[Knock, str] = {}
+    states = 0
+
+    def add(state: str, knock: Knock, follows: str) -> None:
+        steps.append({"state": state, "proto": knock.proto, "port": knock.port, "next": follows})
+
+    for operator in sorted(sequences):
+        if not _OPERATOR.fullmatch(operator):
+            raise PortknockError(
+                f"{_OPTION}operators: expected names of up to 64 letters, digits and . _ @ -; got {operator!r}."
+            )
+        for knocks in sequences[operator]:
+            if not knocks or len(set(knocks)) != len(knocks):
+                raise PortknockError(f"{option}: expected each port of {operator}'s sequence once, and one at least.")
+            if any(knock.port in settings.protected for knock in knocks):
+                raise PortknockError(f"{option}: expected no protected port; {operator}'s sequence holds one.")
+            if knocks[0] in first_of:
+                raise PortknockError(
+                    f"{option}: expected sequences that begin differently; one of {operator} and one of "
+                    f"{first_of[knocks[0]]} begin with the same knock."
+                )
+            first_of[knocks[0]] = operator
+            state = _NOTHING
+            for index, knock in enumerate(knocks):
+                is_last = index == len(knocks) - 1
+                states += 0 if is_last else 1
+                follows = _OPEN if is_last else f"1:{states:x}"
+                add(state, knock, follows)
+                if not is_last:
+                    # The first knock said again is a new start; a later one changes nothing, its timeout included.
+                    add(follows, knock, _AGAIN if index else follows)
+                state = follows
+    if states > _HIGHEST_STATE:
+        raise PortknockError(f"{option}: expected at most {_HIGHEST_STATE} knocks in all; got more.")
+    return steps
+
+
+def _stand_ins(seed: bytes, barred: AbstractSet[int]) -> list[int]:
+    """Low ports that nothing uses, in an order that only the host's secret gives."""
+
+    def rank(port: int) -> bytes:
+        return hmac.new(seed, _STAND_IN_LABEL + port.to_bytes(2, "big"), hashlib.sha256).digest()
+
+    return sorted((port for port in _STAND_INS if port not in barred), key=rank)
+
+
+def _pair(protected: Sequence[int], stand_ins: Sequence[int], settings: GateSettings) -> list[dict[str, int]]:
+    if settings.closed_response != "mimic":
+        return []
+    if len(stand_ins) < len(protected):
+        raise PortknockError(
+            f"{_OPTION}closed_response: mimic needs an unused low port for each protected port of a protocol, "
+            f"{len(protected)}; this host leaves {len(stand_ins)}."
+        )
+    return [{"port": port, "stand_in": stand_in} for port, stand_in in zip(protected, stand_ins)]
+
+
+__all__ = (
+    "CLOSED_RESPONSES",
+    "GUARDS",
+    "LONGEST_SECONDS",
+    "SHORTEST_WINDOW",
+    "GateSettings",
+    "build_model",
+    "guess_cost",
+    "loose_warning",
+    "settings_from",
+)

@@ -81,7 +81,8 @@ class KnockResult(NamedTuple):
 
     ``state`` is as in :class:`Probe` (TCP); ``address`` is the one that opened, or the last one tried (None where there
     was none); ``elapsed`` is in seconds; ``attempts`` counts the sequences sent; ``gap`` is the one between the knocks
-    that opened (or of the last try); ``sequence`` is the index of the one that opened, or -1.
+    that opened (or of the last try); ``sequence`` is the index of the one that opened, or -1; ``error`` and ``banner``
+    are as in :class:`Probe`.
     """
 
     state: str
@@ -91,6 +92,7 @@ class KnockResult(NamedTuple):
     gap: float
     sequence: int
     error: str = ""
+    banner: str = ""
 
 
 class _Try(NamedTuple):
@@ -137,10 +139,10 @@ def send(address: Address, knocks: Sequence[Knock], gap: float = 0.0, source: st
                 raise OSError(code, errno.errorcode.get(code, "error"))
 
 
-def probe(address: Address, timeout: float, banner: bool = False, source: str | None = None) -> Probe:
+def probe(address: Address, timeout: float, banner: float = 0.0, source: str | None = None) -> Probe:
     """Look at a TCP port with one connect.
 
-    :param banner: where it opens, also read the first line that the service sends, within the same timeout.
+    :param banner: where it opens, the seconds to wait for the first line that the service sends.
     """
     deadline = time.monotonic() + timeout
     with _connects(source) as connects:
@@ -149,9 +151,7 @@ def probe(address: Address, timeout: float, banner: bool = False, source: str | 
         if found is None:
             return Probe("filtered", "ETIMEDOUT")
         _unused_try, seen, sock = found
-        if seen.state == "open" and banner:
-            return seen._replace(banner=_read_banner(sock, deadline))
-        return seen
+        return _with_banner(seen, sock, banner)
 
 
 def probe_udp(address: Address, timeout: float, payload: bytes = b"", source: str | None = None) -> Probe:
@@ -180,9 +180,10 @@ def knock_until_open(
     timeout: float,
     gaps: Sequence[float] = GAPS,
     source: str | None = None,
+    banner: float = 0.0,
 ) -> KnockResult:
     """Knock with one sequence until the port opens; see :func:`knock_with_any`."""
-    return knock_with_any(addresses, [knocks], port, timeout, gaps, source)
+    return knock_with_any(addresses, [knocks], port, timeout, gaps, source, banner)
 
 
 def knock_with_any(
@@ -192,12 +193,15 @@ def knock_with_any(
     timeout: float,
     gaps: Sequence[float] = GAPS,
     source: str | None = None,
+    banner: float = 0.0,
 ) -> KnockResult:
     """Knock with each sequence in turn until the TCP port opens, first back to back, then with growing gaps.
 
     The knock comes first: a closed port is never waited for. Between two rounds the port is polled, and the polling
     ends with the first connect that succeeds, so that a service is troubled with one empty connection. The next address
     is tried where one does not open. Ends early where no address can be reached.
+
+    :param banner: the seconds to wait for the first line of what opened; not part of the timeout and of ``elapsed``.
     """
     begun = time.monotonic()
     deadline = begun + timeout
@@ -219,9 +223,10 @@ def knock_with_any(
                     except OSError as exc:
                         seen = Probe("unreachable", _error_name(exc.errno))
                         continue
-                    opened, seen = _poll(connects, last, port, min(deadline, time.monotonic() + patience))
+                    opened, seen, sock = _poll(connects, last, port, min(deadline, time.monotonic() + patience))
                     if opened is not None:
-                        return _result(begun, attempts, opened, seen)
+                        result = _result(begun, attempts, opened, seen)
+                        return result._replace(banner=_with_banner(seen, sock, banner).banner)
                     reachable = reachable or seen.state != "unreachable"
             if not reachable:
                 return _result(begun, attempts, last, seen)
@@ -248,7 +253,9 @@ def _result(begun: float, attempts: int, last: _Try | None, seen: Probe) -> Knoc
     )
 
 
-def _poll(connects: _Connects, attempt: _Try, port: int, until: float) -> tuple[_Try | None, Probe]:
+def _poll(
+    connects: _Connects, attempt: _Try, port: int, until: float
+) -> tuple[_Try | None, Probe, socket.socket | None]:
     """Connect, and again after each reset, until the port opens or time is up; returns the try that opened it."""
     pause = _FIRST_PAUSE
     seen = Probe("filtered", "ETIMEDOUT")
@@ -256,19 +263,19 @@ def _poll(connects: _Connects, attempt: _Try, port: int, until: float) -> tuple[
     while True:
         found = connects.wait(until)
         if found is None:
-            return None, seen
-        finished, seen, _unused_sock = found
+            return None, seen, None
+        finished, seen, sock = found
         if seen.state == "open":
-            return finished, seen
+            return finished, seen, sock
         if finished.address != attempt.address:
             continue
         if seen.state == "unreachable":
-            return None, seen
+            return None, seen, None
         # Refused connects never reach the service, so polling a closed port costs it nothing.
         time.sleep(max(0.0, min(pause, until - time.monotonic())))
         pause = min(2 * pause, _LONGEST_PAUSE)
         if time.monotonic() >= until:
-            return None, seen
+            return None, seen, None
         connects.start(attempt, port)
 
 
@@ -334,6 +341,12 @@ def _connect_outcome(code: int) -> Probe:
     if code == errno.ETIMEDOUT:
         return Probe("filtered", _error_name(code))
     return Probe("unreachable", _error_name(code))
+
+
+def _with_banner(seen: Probe, sock: socket.socket | None, seconds: float) -> Probe:
+    if sock is None or seen.state != "open" or seconds <= 0:
+        return seen
+    return seen._replace(banner=_read_banner(sock, time.monotonic() + seconds))
 
 
 def _read_banner(sock: socket.socket, deadline: float) -> str:

@@ -241,7 +241,7 @@ def test_probe_of_an_open_port(sent: bytes | None, banner: str) -> None:
 
         thread = threading.Thread(target=serve)
         thread.start()
-        seen = probe(Address(socket.AF_INET, listener.getsockname()), 0.3 if sent is None else 10, banner=True)
+        seen = probe(Address(socket.AF_INET, listener.getsockname()), 10, banner=0.3 if sent is None else 10)
         thread.join()
     assert seen == Probe("open", "", banner)
 

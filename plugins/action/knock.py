@@ -1,0 +1,132 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible.plugins.loader import connection_loader
+from ansible_collections.fleet.portknock.plugins.connection.knock_ssh import Connection
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
+    FAMILIES,
+    Address,
+    KnockResult,
+    knock_with_any,
+    probe,
+    resolve,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
+
+_BANNER_SECONDS = 1.0
+_ARGUMENTS = {
+    "host": {"type": "str"},
+    "port": {"type": "int"},
+    "family": {"type": "str", "choices": list(FAMILIES)},
+    "operator": {"type": "str"},
+    "knocks": {"type": "raw", "no_log": True},
+    "knock": {"type": "bool", "default": True},
+    "timeout": {"type": "float", "default": 10},
+    "expect": {"type": "str", "choices": ["open", "closed"]},
+}
+
+
+class ActionModule(ActionBase):
+    """Knocks in the controller's process: a packet from anywhere else would open nothing for the controller."""
+
+    _requires_connection = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        result = super().run(tmp, task_vars)
+        _unused, arguments = self.validate_argument_spec(argument_spec=_ARGUMENTS)
+        try:
+            result.update(self._knock(arguments, self._ssh(task_vars or {})))
+        except PortknockError as exc:
+            raise AnsibleActionFail(str(exc)) from exc
+        return result
+
+    def _ssh(self, task_vars: dict[str, Any]) -> Connection:
+        """The connection that knows this host's destination and keyring, whichever one the task has."""
+        if isinstance(self._connection, Connection):
+            return self._connection
+        connection = connection_loader.get("fleet.portknock.knock_ssh", self._play_context, "/dev/null")
+        # As core's executor does it: a task's timeout and retries are not the connection's.
+        task_keys = {**self._task.dump_attrs(), "timeout": self._play_context.timeout}
+        del task_keys["retries"]
+        connection.set_options(
+            task_keys=task_keys,
+            var_options=connection._resolve_option_variables(task_vars, self._templar),
+        )
+        return connection
+
+    def _knock(self, arguments: dict[str, Any], ssh: Connection) -> dict[str, Any]:
+        if arguments["timeout"] <= 0:
+            raise PortknockError(f"timeout: expected more than 0 seconds; got {arguments['timeout']:g}.")
+        if arguments["port"] is not None and not 1 <= arguments["port"] <= HIGHEST_PORT:
+            raise PortknockError(f"port: expected a port from 1 to {HIGHEST_PORT}; got {arguments['port']}.")
+        sequences = self._sequences(arguments, ssh) if arguments["knock"] else []
+        destination = ssh.destination()
+        if destination.proxied and arguments["host"] is None:
+            raise PortknockError(
+                f"host: expected one that ssh reaches directly; got {destination.host}, which it reaches through a "
+                "ProxyJump or ProxyCommand: a knock from here would come from the wrong address. Set host to an "
+                "address that can be reached from here."
+            )
+        port = arguments["port"] or destination.port
+        addresses = resolve(arguments["host"] or destination.host, port, arguments["family"] or destination.family)
+        if sequences:
+            seen = knock_with_any(
+                addresses, sequences, port, arguments["timeout"], source=destination.source, banner=_BANNER_SECONDS
+            )
+        else:
+            seen = self._look(addresses, arguments["timeout"], destination.source)
+        shown: dict[str, Any] = {
+            "state": seen.state,
+            "elapsed_ms": round(seen.elapsed * 1000, 2),
+            "attempts": seen.attempts,
+            "gap": seen.gap,
+            "address": seen.address.host if seen.address else "",
+            "port": port,
+            "banner": seen.banner,
+        }
+        expected = arguments["expect"]
+        if expected is not None and (expected == "open") != (seen.state == "open"):
+            shown["failed"] = True
+            shown["msg"] = (
+                f"expect: expected port {port} of {shown['address']} to be {expected}; got {seen.state} after "
+                f"{seen.elapsed:.1f} s and {seen.attempts} knocks."
+            )
+        return shown
+
+    @staticmethod
+    def _sequences(arguments: dict[str, Any], ssh: Connection) -> list[tuple[Knock, ...]]:
+        if arguments["knocks"] is not None:
+            sequence = parse_knocks(arguments["knocks"], "knocks", secret=True)
+            if not sequence:
+                raise PortknockError("knocks: expected at least one knock; got an empty list.")
+            return [sequence]
+        secrets = ssh.host_secrets()
+        if secrets is None:
+            raise PortknockError(
+                f"knocks: expected a sequence, as the keyring holds none for {ssh.get_option('inventory_hostname')}; "
+                "got nothing. Run the role knock_server on the host, or name the keyring's folder by knock_keyring_dir."
+            )
+        operator = arguments["operator"] or ssh.get_option("knock_operator")
+        return [knocks for _operator, knocks in secrets.candidates(operator)]
+
+    @staticmethod
+    def _look(addresses: list[Address], timeout: float, source: str | None) -> KnockResult:
+        """One look at each address until one is open."""
+        begun = time.monotonic()
+        for address in addresses:
+            seen = probe(address, timeout / len(addresses), _BANNER_SECONDS, source)
+            result = KnockResult(seen.state, address, time.monotonic() - begun, 0, 0.0, -1, seen.error, seen.banner)
+            if seen.state == "open":
+                break
+        return result
+
+
+__all__ = ("ActionModule",)

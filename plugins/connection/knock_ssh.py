@@ -1,0 +1,282 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+name: knock_ssh
+author:
+  - fleet.portknock contributors (@fleet-portknock)
+short_description: Knock, then connect by ssh
+description:
+  - This is P(ansible.builtin.ssh#connection) with one knock before each real connection, and none where a living
+    ControlPersist master carries the command.
+  - The sequences come from the keyring on the controller. A host that has no entry there is reached by plain ssh.
+  - Where the knock does not open the port, ssh is run all the same, so that the error is its own.
+version_added: 0.1.0
+extends_documentation_fragment:
+  - ansible.builtin.connection_pipelining
+  - fleet.portknock.core_ssh
+  - fleet.portknock.keyring
+notes:
+  - A knock must come from the address that the connection comes from. Where ssh goes through a C(ProxyJump) or a
+    C(ProxyCommand), nothing is sent from the controller, and a warning says so.
+  - To see that the port has opened, the first real connection of a run to a host is preceded by one that is closed at
+    once. Later ones rely on what worked and look only after ssh was refused, because OpenSSH 9.8 and newer holds
+    connections that never log in against their source (C(PerSourcePenalties)).
+  - ssh's C(BindAddress) is used for the knock too; C(BindInterface) is not.
+options:
+  inventory_hostname:
+    description:
+      - The host's name in the inventory, by which the keyring knows it.
+    type: string
+    vars:
+      - name: inventory_hostname
+  knock_operator:
+    description:
+      - The operator whose sequence is sent.
+      - Where it is not set, each operator's sequence that the keyring holds for the host is tried, until one opens.
+    type: string
+    vars:
+      - name: knock_operator
+    env:
+      - name: KNOCK_OPERATOR
+    ini:
+      - section: portknock
+        key: operator
+  knock_timeout:
+    description:
+      - The most seconds that knocking goes on before ssh is run all the same.
+      - Half of O(timeout) where that is less, so that a host that is down takes no longer than with plain ssh.
+    type: float
+    default: 5
+    vars:
+      - name: knock_timeout
+    env:
+      - name: KNOCK_TIMEOUT
+    ini:
+      - section: portknock
+        key: timeout
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ansible import constants
+from ansible.errors import AnsibleConnectionFailure, AnsibleError
+from ansible.module_utils.common.text.converters import to_bytes, to_text
+from ansible.plugins.connection.ssh import Connection as CoreConnection
+from ansible.utils.display import Display
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets
+from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
+    Address,
+    knock_with_any,
+    resolve,
+    send,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination, locate, ssh_arguments
+from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import open_keyring
+
+display = Display()
+
+_CONTROL_PATH = re.compile(r'(?:-o)?controlpath[ =]+"?(?P<path>.*?)"?', re.IGNORECASE)
+_NOT_CONNECTED = "ssh: connect to host "
+_FRESH = (b"-o", b"ControlMaster=no", b"-o", b"ControlPath=none")
+
+
+class _Gate(NamedTuple):
+    """A closed port, and the sequences that may open it."""
+
+    destination: Destination
+    addresses: list[Address]
+    sequences: list[tuple[Knock, ...]]
+    memory: str
+
+
+class Connection(CoreConnection):
+    """ssh connections behind a knock."""
+
+    transport = "ssh"
+
+    # When True, every command makes a connection of its own and knocks for it, whatever master is alive: what an old
+    # connection reaches proves nothing.
+    fresh: bool = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._located: dict[tuple[str, ...], Destination] = {}
+
+    def destination(self) -> Destination:
+        """Where ssh would really go.
+
+        :raises PortknockError: ssh does not say.
+        """
+        return self._locate()
+
+    def host_secrets(self) -> HostSecrets | None:
+        """What the keyring holds for this host; None where it holds nothing.
+
+        :raises PortknockError: the keyring or the host's entry can't be read.
+        """
+        name = self.get_option("inventory_hostname")
+        try:
+            keyring = open_keyring(self.get_option)
+        except PortknockError:
+            # No folder is named, so this user has no keyring: there is nothing to knock with.
+            return None
+        return keyring.load(name) if name else None
+
+    def _locate(self, *more: str) -> Destination:
+        executable, host = self.get_option("ssh_executable"), self.get_option("host") or self._play_context.remote_addr
+        arguments = [*ssh_arguments(self.get_option), *more]
+        key = (executable, host, *arguments)
+        if key not in self._located:
+            self._located[key] = locate(executable, arguments, host, self.get_option("timeout"))
+        return self._located[key]
+
+    def _build_command(self, binary: str, subsystem: str, *other_args: bytes | str) -> list[bytes]:
+        command = super()._build_command(binary, subsystem, *other_args)
+        return self._with_first_options(command, *_FRESH) if self.fresh else command
+
+    def _persistence_controls(self, b_command: list[bytes]) -> tuple[bool, bool]:
+        """Core adds no ControlPath to a command that has its own."""
+        return (False, True) if self.fresh else CoreConnection._persistence_controls(b_command)
+
+    def _with_first_options(self, command: list[bytes], *options: bytes) -> list[bytes]:
+        """The command with options before all others: ssh, scp and sftp take the first value that they meet."""
+        binaries = [to_bytes(self.get_option(f"{name}_executable")) for name in ("ssh", "sftp", "scp")]
+        position = next((index for index, part in enumerate(command) if part in binaries), 0) + 1
+        return [*command[:position], *options, *command[position:]]
+
+    def _bare_run(
+        self, cmd: list[bytes], in_data: bytes | None, sudoable: bool = True, checkrc: bool = True
+    ) -> tuple[int, bytes, bytes]:
+        """Core comes here once for each run of ssh, sftp and scp, at each of its retries: the one place to knock."""
+        begun = time.monotonic()
+        gate = None if self._has_master(cmd) else self._gate()
+        if gate is None:
+            return super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
+        # A password goes through a pipe that is made with the command and serves one run only.
+        if not self.fresh and cmd[0] != b"sshpass" and self._knock_as_before(gate):
+            failure: AnsibleConnectionFailure | None = None
+            try:
+                result = super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
+            except AnsibleConnectionFailure as exc:
+                if _NOT_CONNECTED not in str(exc):
+                    raise
+                failure = exc
+            if failure is None and not (result[0] == 255 and _NOT_CONNECTED.encode() in result[2]):
+                return result
+            self._remember(gate, None)
+        if not self._knock(gate):
+            # What knocking took is taken off, so that a host that is down costs no more time than with plain ssh.
+            left = max(1, math.ceil(self.get_option("timeout") - (time.monotonic() - begun)))
+            cmd = self._with_first_options(cmd, b"-o", b"ConnectTimeout=%d" % left)
+        return super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
+
+    def _has_master(self, command: Sequence[bytes]) -> bool:
+        """Does a living ControlPersist master carry this command?"""
+        if self.fresh:
+            return False
+        matches = (_CONTROL_PATH.fullmatch(to_text(part)) for part in command)
+        match = next(filter(None, matches), None)
+        path: str | None = match["path"] if match else None
+        if path is None or re.search(r"[%~$]", path):
+            try:
+                path = self._locate(*(["-o", f"ControlPath={path}"] if path else [])).control_path
+            except PortknockError:
+                return False
+        if path is None or path.lower() == "none":
+            return False
+        # A socket that a dead master left behind refuses the connect.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(1)
+            try:
+                sock.connect(path)
+            except OSError:
+                return False
+        return True
+
+    def _gate(self) -> _Gate | None:
+        """What to knock at, or None where plain ssh is what serves."""
+        try:
+            secrets = self.host_secrets()
+            candidates = secrets.candidates(self.get_option("knock_operator")) if secrets else []
+        except PortknockError as exc:
+            raise AnsibleError(str(exc)) from exc
+        if secrets is None or not candidates:
+            return None
+        try:
+            destination = self.destination()
+            if destination.proxied:
+                display.warning(
+                    f"{secrets.host} is reached through a ProxyJump or ProxyCommand: a knock from here would come from "
+                    "the wrong address, so none is sent."
+                )
+                return None
+            addresses = resolve(destination.host, destination.port, destination.family)
+        except PortknockError as exc:
+            display.v(f"No knock: {exc}", host=secrets.host)
+            return None
+        identity = json.dumps(
+            [secrets.keyring_id, secrets.host, secrets.generation, destination.host, destination.port]
+        )
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:20]
+        return _Gate(
+            destination,
+            addresses,
+            [knocks for _unused_operator, knocks in candidates],
+            os.path.join(constants.DEFAULT_LOCAL_TMP, f"portknock-{digest}"),
+        )
+
+    def _knock(self, gate: _Gate) -> bool:
+        """Knock and look until the port opens; False where it did not."""
+        budget = min(self.get_option("knock_timeout"), self.get_option("timeout") / 2)
+        result = knock_with_any(
+            gate.addresses, gate.sequences, gate.destination.port, budget, source=gate.destination.source
+        )
+        opened = result.address if result.state == "open" else None
+        if opened is not None:
+            if not os.path.exists(gate.memory):
+                self._remember(gate, {"address": opened.host, "sequence": result.sequence, "gap": result.gap})
+            display.vvv(f"Knocked: open after {result.elapsed:.3f} s, {result.attempts} sent", host=self.host)
+        else:
+            display.v(
+                f"The knock did not open port {gate.destination.port}: {result.state} after {result.elapsed:.1f} s and "
+                f"{result.attempts} tries. Connecting all the same.",
+                host=self.host,
+            )
+        return opened is not None
+
+    def _knock_as_before(self, gate: _Gate) -> bool:
+        """Repeat, without looking, what opened the port earlier in this run; False where nothing is known to."""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            with open(gate.memory, encoding="ascii") as file:
+                known = json.load(file)
+            address = next((entry for entry in gate.addresses if entry.host == known["address"]), None)
+            if address is not None:
+                send(address, gate.sequences[known["sequence"]], known["gap"], gate.destination.source)
+                return True
+        return False
+
+    @staticmethod
+    def _remember(gate: _Gate, known: dict[str, object] | None) -> None:
+        """Note for the run's later workers what opened the port, or None: that one has to look each time.
+
+        The folder is the run's own and goes with it. The note holds no secret: which sequence, not what is in it.
+        """
+        with contextlib.suppress(OSError), open(gate.memory, "w", encoding="ascii") as file:
+            json.dump(known, file)
+
+
+__all__ = ("Connection",)

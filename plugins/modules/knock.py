@@ -1,0 +1,130 @@
+#!/usr/bin/python
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: knock
+short_description: Knock at a host from the controller, or look at its port
+version_added: 0.1.0
+description:
+  - Sends a host's sequence from the controller and polls the protected port until it opens, first back to back, then
+    with growing gaps, because packets overtake each other on real paths.
+  - Runs in the controller's process, without privileges, and needs no connection to the host. Never delegate it.
+  - The sequence comes from the keyring unless O(knocks) gives it.
+author:
+  - fleet.portknock contributors
+extends_documentation_fragment:
+  - fleet.portknock.keyring.module
+attributes:
+  check_mode:
+    description: Can run in C(check_mode) and return changed status prediction without modifying target.
+    support: full
+    details: Knocks in check mode too, since the rest of the play may need the port, and a knock configures nothing.
+  diff_mode:
+    description:
+      - Will return details on what has changed (or possibly needs changing in C(check_mode)), when in diff mode.
+    support: none
+  idempotent:
+    description:
+      - When run twice in a row outside check mode, with the same arguments, the second invocation indicates no change.
+    support: full
+  async:
+    description: Supports being used with the C(async) keyword.
+    support: none
+options:
+  host:
+    description:
+      - The name or address to knock at.
+      - Where it is not set, what ssh would connect to for this host, by C(ansible_host) and ssh's own configuration.
+    type: str
+  port:
+    description:
+      - The tcp port that is looked at.
+      - Where it is not set, the port that ssh would connect to.
+    type: int
+  family:
+    description:
+      - The addresses to use.
+      - Where it is not set, ssh's own C(AddressFamily).
+    type: str
+    choices: [any, inet, inet6]
+  operator:
+    description:
+      - The operator whose sequence is sent.
+      - Where it is not set, as P(fleet.portknock.knock_ssh#connection:knock_operator) says; without that, each
+        operator's sequence is tried until one opens.
+    type: str
+  knocks:
+    description:
+      - The sequence, a list such as C([port/tcp, port/udp]), given by hand instead of taken from the keyring.
+    type: raw
+  knock:
+    description: With V(false), nothing is sent but one look at the port.
+    type: bool
+    default: true
+  timeout:
+    description: The most seconds that it takes.
+    type: float
+    default: 10
+  expect:
+    description:
+      - Fail where the port turns out otherwise. V(closed) is any state but V(open).
+    type: str
+    choices: [open, closed]
+seealso:
+  - plugin: fleet.portknock.knock_ssh
+    plugin_type: connection
+"""
+
+EXAMPLES = r"""
+- name: Open the way for a tool that does not knock itself
+  fleet.portknock.knock:
+    expect: open
+
+- name: See from here that the port is closed
+  fleet.portknock.knock:
+    knock: false
+    expect: closed
+    timeout: 2
+"""
+
+RETURN = r"""
+state:
+  description:
+    - What the port showed last.
+    - V(open), V(reset) (refused), V(filtered) (no answer) or V(unreachable) (no way to the host).
+  returned: always
+  type: str
+  sample: open
+elapsed_ms:
+  description: The milliseconds from the first knock to the answer.
+  returned: always
+  type: float
+  sample: 1.2
+attempts:
+  description: How many sequences were sent.
+  returned: always
+  type: int
+  sample: 1
+gap:
+  description: The seconds between two knocks in the last one of them.
+  returned: always
+  type: float
+  sample: 0.0
+address:
+  description: The address that opened, or the last one that was tried.
+  returned: always
+  type: str
+  sample: 192.0.2.10
+port:
+  description: The port that was looked at.
+  returned: always
+  type: int
+  sample: 22
+banner:
+  description: The first line that the service sent within a second of the port's opening, or nothing.
+  returned: always
+  type: str
+  sample: SSH-2.0-OpenSSH_9.2
+"""

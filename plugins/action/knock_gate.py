@@ -133,7 +133,8 @@ class ActionModule(ActionBase):
             )
         if found["init"] != "systemd":
             raise PortknockError(
-                f"knock_server_backend: expected systemd as the host's init system, which loads the gate at boot; got {found['init']}."
+                "knock_server_backend: expected systemd as the host's init system, which loads the gate at boot; "
+                f"got {found['init']}."
             )
 
     def _check_way_in(self, settings: GateSettings, destination: Destination, found: dict[str, Any]) -> None:
@@ -167,7 +168,9 @@ class ActionModule(ActionBase):
     def _phase(self, phase: str, payload: dict[str, Any]) -> dict[str, Any]:
         """One call of the module on the host, with its arguments on standard input only."""
         if constants.DEFAULT_KEEP_REMOTE_FILES:
-            raise PortknockError("ANSIBLE_KEEP_REMOTE_FILES: expected to be off for knock_gate, whose arguments hold secrets.")
+            raise PortknockError(
+                "ANSIBLE_KEEP_REMOTE_FILES: expected to be off for knock_gate, whose arguments hold secrets."
+            )
         self._connection.set_option("pipelining", True)
         arguments = {
             "state": self._task.args.get("state", "applied"),

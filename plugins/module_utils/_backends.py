@@ -20,7 +20,8 @@ from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
     replace_transaction,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import Peer
-from ansible_collections.fleet.portknock.plugins.module_utils._system import Completed, Runner, run as run_program
+from ansible_collections.fleet.portknock.plugins.module_utils._system import Completed, Runner
+from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
 
 _FRESH_TABLE = f"table inet {TABLE}\ndelete table inet {TABLE}\n"
 
@@ -39,11 +40,13 @@ _NEEDED = {
         "chain c { type filter hook prerouting priority -150; meta priority set meta priority . meta l4proto . th dport map @m; }"
     ),
     "the fib expression": "chain c { type filter hook prerouting priority -150; fib daddr type != local accept; }",
-    "NAT in the inet family": "chain c { type nat hook prerouting priority -101; tcp dport 7 redirect to :9; }",
+    "rewriting a port outside NAT": (
+        "chain c { type filter hook prerouting priority -150; tcp dport set tcp dport map { 7 : 9 }; }"
+    ),
+    "rejecting before routing": "chain c { type filter hook prerouting priority -150; tcp dport 7 reject with tcp reset; }",
 }
 # What it does better with; the templates have another way.
 _WANTED = {
-    "dnat_to_port": "chain c { type nat hook prerouting priority -101; meta nfproto ipv4 tcp dport 7 dnat ip to :9; }",
     "socket_wildcard": "chain c { type filter hook prerouting priority -150; socket wildcard 0 accept; }",
 }
 # The kernel's reasons for refusing a rule; nft prints them after this phrase, and nothing of the rule with them.

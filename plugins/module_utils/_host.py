@@ -17,14 +17,15 @@ from typing import Any, Mapping, NamedTuple, Optional
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import Nftables
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._masking import masked
-from ansible_collections.fleet.portknock.plugins.module_utils._procnet import Peer
 from ansible_collections.fleet.portknock.plugins.module_utils._system import (
     Runner,
     read_text,
     remove_file,
-    run as run_program,
     sync_folder,
     write_text,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._system import (
+    run as run_program,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._trial import Trial
 
@@ -111,9 +112,7 @@ class GateHost:
 
     def exists(self, found: Found) -> bool:
         """Whether anything of a gate is there."""
-        return bool(
-            found.listing is not None or found.unit is not None or found.enabled or os.path.isdir(self._config)
-        )
+        return bool(found.listing is not None or found.unit is not None or found.enabled or os.path.isdir(self._config))
 
     def differences(self, wanted: Wanted, found: Found) -> list[Difference]:
         """What is not as wanted, in files and kernel; empty when there is nothing to do."""
@@ -216,7 +215,9 @@ class GateHost:
                 texts[name] = text
                 commands.append(f"cp {shlex.quote(self.trial.path(name))} {shlex.quote(target)}")
         if former is None:
-            commands.append(f"rm -rf {' '.join(shlex.quote(left) for left in (*self._links(), self._unit, self._config))}")
+            commands.append(
+                f"rm -rf {' '.join(shlex.quote(left) for left in (*self._links(), self._unit, self._config))}"
+            )
         restore = " && ".join(commands)
         is_committed = (
             f"[ ! -e {gate} ]" if committed is None else f"cmp -s {gate} {shlex.quote(self.trial.path('committed'))}"

@@ -11,7 +11,8 @@ from ansible_collections.fleet.portknock.plugins.module_utils._backends import b
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._host import GateHost
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import ports_in_use, ssh_peer
-from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner, read_text, run as run_program
+from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner, read_text
+from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
 
 # Where a packet filter's manager leaves a trace that needs no program to be run.
 _FIREWALL_TRACES = {

@@ -9,7 +9,10 @@ from typing import Match
 
 # Sets that hold what the inventory says openly. Whatever isn't named here is masked, so that a new set starts secret.
 PUBLIC_SETS = frozenset({"protected_tcp", "protected_udp", "trusted4", "trusted6"})
-_SET = re.compile(r"(?P<kind>\b(?:set|map)\s+)(?P<name>[A-Za-z0-9_]+)(?P<head>\s*\{(?:[^{}]|\{[^{}]*\})*?elements\s*=\s*\{)(?P<elements>[^{}]*)\}")
+_SET = re.compile(
+    r"(?P<kind>\b(?:set|map)\s+)(?P<name>[A-Za-z0-9_]+)"
+    r"(?P<head>\s*\{(?:[^{}]|\{[^{}]*\})*?elements\s*=\s*\{)(?P<elements>[^{}]*)\}"
+)
 
 
 def masked(before: str, after: str) -> tuple[str, str]:
@@ -19,7 +22,9 @@ def masked(before: str, after: str) -> tuple[str, str]:
     def hide(match: Match[str]) -> str:
         if match.group("name") in PUBLIC_SETS:
             return match.group(0)
-        return f"{match.group('kind')}{match.group('name')}{match.group('head')} {len(_split(match))} secret elements }}"
+        return (
+            f"{match.group('kind')}{match.group('name')}{match.group('head')} {len(_split(match))} secret elements }}"
+        )
 
     def hide_and_compare(match: Match[str]) -> str:
         hidden = hide(match)

@@ -14,7 +14,8 @@ from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
     ports_in_use,
     ssh_peer,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner, run as run_program
+from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner
+from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
 
 
 def run_phase(

@@ -37,7 +37,9 @@ def ports_in_use(proc: str = "/proc") -> list[Knock]:
 def global_ipv6_addresses(proc: str = "/proc") -> list[str]:
     """The host's global IPv6 addresses, sorted."""
     rows = _rows(os.path.join(proc, "net", "if_inet6"), skip=0)
-    return sorted(str(ipaddress.IPv6Address(int(row[0], 16))) for row in rows if len(row) > 3 and row[3] == _SCOPE_GLOBAL)
+    return sorted(
+        str(ipaddress.IPv6Address(int(row[0], 16))) for row in rows if len(row) > 3 and row[3] == _SCOPE_GLOBAL
+    )
 
 
 def ssh_peer(pid: int, proc: str = "/proc") -> Optional[Peer]:

@@ -99,4 +99,14 @@ def sync_folder(folder: str) -> None:
         os.close(handle)
 
 
-__all__ = ("PROGRAM_TIMEOUT", "SEARCH_PATH", "Completed", "Runner", "read_text", "remove_file", "run", "sync_folder", "write_text")
+__all__ = (
+    "PROGRAM_TIMEOUT",
+    "SEARCH_PATH",
+    "Completed",
+    "Runner",
+    "read_text",
+    "remove_file",
+    "run",
+    "sync_folder",
+    "write_text",
+)

@@ -25,8 +25,10 @@ from ansible_collections.fleet.portknock.plugins.module_utils._system import (
     SEARCH_PATH,
     Runner,
     read_text,
-    run as run_program,
     write_text,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._system import (
+    run as run_program,
 )
 
 UNIT_PREFIX = "fleet-portknock-rollback-"
@@ -182,7 +184,9 @@ class Trial:
         """
         pending = self.pending()
         if pending is None or pending.run != run:
-            raise PortknockError("The trial has ended already: it was not confirmed in time and the host has gone back.")
+            raise PortknockError(
+                "The trial has ended already: it was not confirmed in time and the host has gone back."
+            )
 
     def end(self, run: str) -> None:
         """Disarm the timer and forget the way back, while the lock is held."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,7 @@ LOOK_SECONDS = 1.5
 # Where the closed ports for comparison come from: above the ports that services are given.
 _LOWEST_CLOSED = 20000
 _TRIES = 3
-_LOOKS = {"tcp": probe, "udp": probe_udp}
+_LOOKS: Mapping[str, Callable[[Address, float], Probe]] = {"tcp": probe, "udp": probe_udp}
 # What the chosen answers look like from outside; `mimic` is compared instead.
 _EXPECTED = {
     "drop": {"tcp": "filtered", "udp": "silent"},
@@ -71,7 +71,9 @@ class Proof:
         return {"closed": self.closed, "opened": self.opened, "notes": self.notes}
 
 
-def subject_of(settings: GateSettings, addresses: Sequence[Address], host: Mapping[str, Any], timeout: float) -> Subject:
+def subject_of(
+    settings: GateSettings, addresses: Sequence[Address], host: Mapping[str, Any], timeout: float
+) -> Subject:
     """The subject of a proof.
 
     :param host: what the host said after the gate was loaded (``ipv6_addresses``, ``ports_in_use``, ``source_trusted``).
@@ -205,7 +207,9 @@ def _prove_open(subject: Subject, address: Address, knocks: Sequence[Knock], pro
             f"Not opened: port {port}/tcp of {_name(address)}, seen from {_local_address(address)}, showed "
             f"{result.state} after the right knock was sent {result.attempts} times in {result.elapsed:.1f} s."
         )
-    proof.opened.append({"address": _name(address), "port": f"{port}/tcp", "milliseconds": round(result.elapsed * 1000, 1)})
+    proof.opened.append(
+        {"address": _name(address), "port": f"{port}/tcp", "milliseconds": round(result.elapsed * 1000, 1)}
+    )
 
 
 def _closed_port(proto: str, subject: Subject, knocks: Iterable[Knock]) -> int:

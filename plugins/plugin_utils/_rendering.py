@@ -26,11 +26,12 @@ def render(folder: Path, backend: str, gate: Mapping[str, Any]) -> dict[str, str
     :returns: the texts, with the keys of :data:`TEMPLATES`.
     :raises PortknockError: a template is missing or wrong; says which and on what line, never with what values.
     """
-    # Plain text for nft and systemd, so there is nothing to escape; whitespace as in Ansible's own templates.
+    # Plain text for nft and systemd, so there is nothing to escape; lines that hold only a statement leave nothing behind.
     environment = Environment(
         loader=FileSystemLoader(folder / backend),
         undefined=StrictUndefined,
         trim_blocks=True,
+        lstrip_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,  # noqa: S701
     )

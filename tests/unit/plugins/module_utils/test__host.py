@@ -1,0 +1,271 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A gate's files and their order, with a kernel that is a file: the real one is what the scenarios are for."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._host import UNIT, WANTED_BY, GateHost, Wanted
+from ansible_collections.fleet.portknock.plugins.module_utils._system import Completed, run
+
+WANTED = Wanted(gate="the gate\n", closed="closed\n", unit="unit\n", keyring="k1", generation=1)
+NEWER = WANTED._replace(gate="another gate\n", unit="another unit\n", generation=2)
+
+
+class FileBackend:
+    """A back end whose kernel is one file."""
+
+    name = "file"
+    program = "true"
+    installed = "1.0"
+
+    def __init__(self, kernel: Path) -> None:
+        self.kernel = kernel
+        self.refuses = ""
+
+    def version(self) -> str:
+        return self.installed
+
+    def check(self, text: str, what: str) -> None:
+        if text == self.refuses:
+            raise PortknockError(f"{what}: refused.")
+
+    def boot_text(self, text: str) -> str:
+        return f"BOOT\n{text}"
+
+    def body(self, boot_text: str) -> Optional[str]:
+        return boot_text.partition("BOOT\n")[2] or None
+
+    def listing(self) -> Optional[dict[str, Any]]:
+        return {"text": self.kernel.read_text()} if self.kernel.exists() else None
+
+    def digest(self, listing: dict[str, Any]) -> str:
+        return f"digest of {listing['text']}"
+
+    def load(self, text: str, listing: Optional[dict[str, Any]]) -> None:
+        self.kernel.write_text(text)
+
+    def unload(self) -> None:
+        self.kernel.unlink(missing_ok=True)
+
+    def unload_text(self) -> str:
+        return "BOOT\n"
+
+    def restore_command(self, path: str) -> str:
+        kernel = shlex.quote(str(self.kernel))
+        return f"sed '1,/BOOT/d' {path} > {kernel} && if ! [ -s {kernel} ]; then rm {kernel}; fi"
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> FileBackend:
+    return FileBackend(tmp_path / "kernel")
+
+
+@pytest.fixture
+def host(tmp_path: Path, backend: FileBackend) -> GateHost:
+    units = tmp_path / "etc/systemd/system"
+    for target in WANTED_BY:
+        (units / f"{target}.wants").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+
+    def systemctl(argv: Sequence[str], stdin: Optional[str] = None) -> Completed:
+        links = [units / f"{target}.wants" / UNIT for target in WANTED_BY]
+        if "enable" in argv:
+            for link in links:
+                link.unlink(missing_ok=True)
+                link.symlink_to(units / UNIT)
+        if "disable" in argv:
+            for link in links:
+                link.unlink(missing_ok=True)
+        if argv[0] in ("systemctl", "systemd-run"):
+            return Completed(0, "", "")
+        return run(argv, stdin)
+
+    return GateHost(backend, str(tmp_path), systemctl)  # type: ignore[arg-type]
+
+
+def apply(host: GateHost, wanted: Wanted) -> None:
+    with host.trial.turn("aa"):
+        host.apply(wanted, host.inspect(), "aa", 3600)
+
+
+def confirm(host: GateHost, wanted: Wanted) -> None:
+    with host.trial.turn("aa"):
+        host.confirm(wanted, "aa")
+
+
+def files(root: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below /etc and the kernel: what has to be as before, byte for byte."""
+    found = [path for path in (root / "etc").rglob("*") if path.is_file() or path.is_symlink()]
+    return {
+        str(path): (path.lstat().st_mode, path.read_bytes() if path.exists() else b"")
+        for path in (*found, root / "kernel")
+        if path.is_symlink() or path.exists()
+    }
+
+
+def whats(host: GateHost, wanted: Wanted) -> list[str]:
+    return [difference.what.rpartition("/")[2] for difference in host.differences(wanted, host.inspect())]
+
+
+def test_a_virgin_host_lacks_everything(host: GateHost) -> None:
+    assert whats(host, WANTED) == ["gate.nft", "closed.nft", UNIT, "the kernel's table"]
+    assert not host.exists(host.inspect())
+
+
+def test_trial_writes_nothing_that_a_reboot_would_bring_back(host: GateHost, tmp_path: Path) -> None:
+    before = files(tmp_path)
+    apply(host, WANTED)
+    after = files(tmp_path)
+    assert after.pop(str(tmp_path / "kernel"))[1] == b"the gate\n"
+    assert after == before
+
+
+def test_confirmed_gate_leaves_nothing_to_do(host: GateHost) -> None:
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    assert whats(host, WANTED) == []
+    assert host.trial.pending() is None
+
+
+def test_files_with_secrets_are_roots_alone(host: GateHost, tmp_path: Path) -> None:
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    config = tmp_path / "etc/fleet-portknock"
+    assert config.stat().st_mode & 0o777 == 0o700
+    assert {path.name: path.stat().st_mode & 0o777 for path in config.iterdir()} == {
+        "gate.nft": 0o600,
+        "closed.nft": 0o600,
+    }
+
+
+@pytest.mark.parametrize("former", [None, WANTED])
+def test_going_back_leaves_every_byte_as_before(host: GateHost, tmp_path: Path, former: Optional[Wanted]) -> None:
+    if former is not None:
+        apply(host, former)
+        confirm(host, former)
+    before = files(tmp_path)
+    apply(host, NEWER)
+    assert files(tmp_path) != before
+    host.trial.restore()
+    assert files(tmp_path) == before
+    assert not (tmp_path / "run/fleet-portknock/trial").exists()
+
+
+@pytest.mark.parametrize("former", [None, WANTED])
+def test_confirmation_that_dies_before_the_commit_is_undone(
+    host: GateHost, tmp_path: Path, former: Optional[Wanted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if former is not None:
+        apply(host, former)
+        confirm(host, former)
+    before = files(tmp_path)
+    apply(host, NEWER)
+    real = os.replace
+
+    def dies_at_the_commit(source: str, target: str) -> None:
+        if target.endswith("gate.nft"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", dies_at_the_commit)
+        with pytest.raises(KeyboardInterrupt):
+            confirm(host, NEWER)
+    assert files(tmp_path) != before
+    host.trial.restore()
+    assert files(tmp_path) == before
+
+
+def test_confirmation_that_dies_after_the_commit_stands(
+    host: GateHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply(host, WANTED)
+
+    def dies(_run: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(host.trial, "end", dies)
+        with pytest.raises(KeyboardInterrupt):
+            confirm(host, WANTED)
+    host.trial.restore()
+    assert whats(host, WANTED) == []
+
+
+def test_removal_that_is_not_confirmed_brings_the_gate_back(host: GateHost, tmp_path: Path) -> None:
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    before = files(tmp_path)
+    with host.trial.turn("bb"):
+        host.take_away(host.inspect(), "bb", 3600)
+    assert not (tmp_path / "kernel").exists()
+    host.trial.restore()
+    assert files(tmp_path) == before
+
+
+def test_removal_leaves_nothing(host: GateHost, tmp_path: Path) -> None:
+    before = files(tmp_path)
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    with host.trial.turn("bb"):
+        host.take_away(host.inspect(), "bb", 3600)
+        host.confirm_away("bb")
+        host.forget()
+    assert files(tmp_path) == before
+    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "etc/fleet-portknock").exists()
+
+
+def test_refused_rules_change_nothing(host: GateHost, backend: FileBackend, tmp_path: Path) -> None:
+    backend.refuses = WANTED.gate
+    before = files(tmp_path)
+    with pytest.raises(PortknockError, match=r"^gate\.nft\.j2: refused\.$"):
+        apply(host, WANTED)
+    assert files(tmp_path) == before
+    assert host.trial.pending() is None
+
+
+def test_gate_that_is_gone_from_the_kernel_is_not_confirmed(host: GateHost, backend: FileBackend) -> None:
+    apply(host, WANTED)
+    backend.unload()
+    with pytest.raises(PortknockError, match="another program has taken it away"):
+        confirm(host, WANTED)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        ("rm {root}/kernel", ["the kernel's table"]),
+        ("echo tampered > {root}/kernel", ["the kernel's table"]),
+        ("echo more >> {root}/etc/fleet-portknock/gate.nft", ["gate.nft"]),
+        ("rm {root}/etc/fleet-portknock/gate.nft", ["gate.nft", "the kernel's table"]),
+        ("rm {root}/etc/fleet-portknock/closed.nft", ["closed.nft", "fleet-portknock"]),
+        ("chmod 644 {root}/etc/fleet-portknock/gate.nft", ["fleet-portknock"]),
+        ("rm {root}/etc/systemd/system/sysinit.target.wants/fleet-portknock.service", [UNIT]),
+        ("rm {root}/etc/systemd/system/fleet-portknock.service", [UNIT]),
+    ],
+)
+def test_drift_is_seen(host: GateHost, tmp_path: Path, spoil: str, expected: list[str]) -> None:
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    os.system(spoil.format(root=tmp_path))  # noqa: S605
+    assert whats(host, WANTED) == expected
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    assert whats(host, WANTED) == []
+
+
+def test_other_secrets_and_an_upgrade_are_seen(host: GateHost, backend: FileBackend) -> None:
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    assert whats(host, WANTED._replace(keyring="k2", generation=2)) == ["keyring", "generation"]
+    backend.installed = "1.1"
+    assert whats(host, WANTED) == ["the kernel's table"]

@@ -1,0 +1,55 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import pytest
+from ansible_collections.fleet.portknock.plugins.module_utils._masking import masked
+
+TABLE = """\
+table inet t {{
+  set open4 {{
+    type ipv4_addr
+    flags dynamic,timeout
+  }}
+  set trusted4 {{
+    type ipv4_addr
+    elements = {{ 192.0.2.1 }}
+  }}
+  map step {{
+    type classid . inet_proto . inet_service : classid
+    elements = {{
+      0:0 . tcp . {port} : 1:1,
+      1:1 . tcp . 40002 : 1:2,
+    }}
+  }}
+  chain c {{
+    tcp dport {{ 22, 80 }} accept
+  }}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("", TABLE.format(port=40001), "elements = { 2 secret elements }"),
+        (TABLE.format(port=40001), TABLE.format(port=40001), "elements = { 2 secret elements }"),
+        (TABLE.format(port=40003), TABLE.format(port=40001), "elements = { 2 other secret elements }"),
+    ],
+)
+def test_secret_elements_are_counted_not_shown(before: str, after: str, said: str) -> None:
+    shown_before, shown_after = masked(before, after)
+    assert "4000" not in shown_before + shown_after
+    assert said in shown_after
+    assert ("elements = { 2 secret elements }" in shown_before) == bool(before)
+
+
+def test_public_sets_and_rules_are_shown() -> None:
+    shown = masked("", TABLE.format(port=40001))[1]
+    assert "192.0.2.1" in shown
+    assert "tcp dport { 22, 80 } accept" in shown
+
+
+def test_text_without_sets_is_left_as_it_is() -> None:
+    assert masked("[Unit]\n", "[Unit]\nAfter=x\n") == ("[Unit]\n", "[Unit]\nAfter=x\n")

@@ -1,0 +1,70 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
+    Peer,
+    global_ipv6_addresses,
+    ports_in_use,
+    ssh_peer,
+)
+
+
+def test_sockets_that_wait_are_in_use_and_connected_ones_are_not() -> None:
+    with socket.socket() as listener, socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as bound:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        bound.bind(("::1", 0))
+        with socket.create_connection(listener.getsockname()) as client:
+            in_use = ports_in_use()
+            assert Knock(listener.getsockname()[1], "tcp") in in_use
+            assert Knock(bound.getsockname()[1], "udp") in in_use
+            assert Knock(client.getsockname()[1], "tcp") not in in_use
+
+
+def test_a_host_without_ipv6_has_no_such_table(tmp_path: Path) -> None:
+    assert global_ipv6_addresses(str(tmp_path)) == []
+    assert ports_in_use(str(tmp_path)) == []
+
+
+def test_only_global_addresses_count(tmp_path: Path) -> None:
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net/if_inet6").write_text(
+        "00000000000000000000000000000001 01 80 10 80       lo\n"
+        "20010db8000000000000000000000007 02 40 00 80     eth0\n"
+        "fe800000000000000242acfffe1f4d02 02 40 20 80     eth0\n"
+    )
+    assert global_ipv6_addresses(str(tmp_path)) == ["2001:db8::7"]
+
+
+def _peer_seen_by_a_grandchild(connection: str) -> str:
+    """As with sudo: the process itself has lost the variable, an ancestor has it."""
+    look = (
+        "import os; from ansible_collections.fleet.portknock.plugins.module_utils._procnet import ssh_peer; "
+        "print(ssh_peer(os.getpid()))"
+    )
+    inner = f"env -u SSH_CONNECTION {sys.executable} -c '{look}'; true"
+    environment = {**os.environ, "SSH_CONNECTION": connection, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["sh", "-c", inner], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_peer_is_found_in_an_ancestor() -> None:
+    assert _peer_seen_by_a_grandchild("192.0.2.9 50000 192.0.2.7 22") == str(Peer("192.0.2.9", None))
+
+
+def test_link_local_peer_has_its_interface() -> None:
+    assert _peer_seen_by_a_grandchild("fe80::1%eth0 50000 fe80::2%eth0 22") == str(Peer("fe80::1", "eth0"))
+
+
+def test_no_peer_without_ssh(tmp_path: Path) -> None:
+    assert ssh_peer(1) is None
+    assert ssh_peer(4, str(tmp_path)) is None

@@ -1,0 +1,141 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What nft is told and what it says, as plain functions: nothing here runs it."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional
+
+TABLE = "fleet_portknock"
+# The sets that outlive a change of the ruleset, and the types of their elements as nft's JSON names them.
+_OPEN_SETS: Mapping[str, Any] = {
+    "open4": "ipv4_addr",
+    "open6": "ipv6_addr",
+    "open_ll6": ["iface_index", "ipv6_addr"],
+}
+# What differs from one load of the same text to the next, or counts.
+_VOLATILE = frozenset(("handle", "position", "index", "packets", "bytes", "count", "metainfo", "expires"))
+_SIZE = re.compile(r"\bsize\s+([0-9]+)", re.ASCII)
+
+
+def replace_transaction(table_text: str, existing: Optional[Mapping[str, Any]]) -> str:
+    """The text of the one transaction that puts ``table_text`` in place of the table that is loaded.
+
+    The open windows stay as they are. Where the new text gives one of their sets another size, which nft can't change,
+    the set is made anew with its elements and the time that each has left.
+
+    :param table_text: one ``table inet fleet_portknock { ... }`` block.
+    :param existing: what ``nft -j list table inet fleet_portknock`` printed; None where there is no such table.
+    """
+    if existing is None:
+        return table_text
+    lines = [f"flush table inet {TABLE}"]
+    elements = []
+    for kind, found in _objects(existing):
+        if kind not in ("set", "map"):
+            continue
+        name = found["name"]
+        if name in _OPEN_SETS:
+            size = _wanted_size(table_text, name)
+            if kind == "set" and found.get("type") == _OPEN_SETS[name] and found.get("size") == size:
+                continue
+            if kind == "set" and found.get("type") == _OPEN_SETS[name]:
+                elements.extend(_add_elements(name, found.get("elem", ()), size))
+        lines.append(f"delete {kind} inet {TABLE} {name}")
+    # After the maps, whose verdicts may lead to chains.
+    lines.extend(
+        f"delete chain inet {TABLE} {found['name']}" for kind, found in _objects(existing) if kind == "chain"
+    )
+    return "\n".join((*lines, table_text.rstrip("\n"), *elements)) + "\n"
+
+
+def normalise(listing: Mapping[str, Any]) -> str:
+    """The listing of a table as text that is the same for every load of the same rules by the same version of nft.
+
+    Left out are handles, counts and the elements of sets that rules write. A rule, its place in its chain, a chain's hook
+    and policy, a set's attributes and the elements of a set that only nft writes are all in it.
+    """
+    rules: dict[str, list[Any]] = {}
+    others = []
+    for kind, found in _objects(listing):
+        if kind == "rule":
+            rules.setdefault(found["chain"], []).append(_stable(found))
+            continue
+        if kind in ("set", "map") and "timeout" in found.get("flags", ()):
+            found = {key: value for key, value in found.items() if key != "elem"}
+        others.append([kind, _stable(found)])
+    return json.dumps([sorted(others, key=_text), rules], sort_keys=True)
+
+
+def listing_digest(listing: Mapping[str, Any]) -> str:
+    """SHA-256 of :func:`normalise`, in hex. To be compared only with one that the same version of nft listed."""
+    return hashlib.sha256(normalise(listing).encode()).hexdigest()
+
+
+def close_window(address: str, interface: Optional[str]) -> list[str]:
+    """Texts that end the open window of one source; nft refuses one where there is no such window.
+
+    :param interface: name of the interface that a link-local source is on.
+    """
+    source = ipaddress.ip_address(address)
+    if source.version == 4:
+        return [f"delete element inet {TABLE} open4 {{ {source} }}\n"]
+    if source.is_link_local:
+        return [f'delete element inet {TABLE} open_ll6 {{ "{interface}" . {source} }}\n'] if interface else []
+    return [f"delete element inet {TABLE} open6 {{ {source} }}\n"]
+
+
+def _objects(listing: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for entry in listing.get("nftables", ()):
+        for kind, found in entry.items():
+            if kind != "metainfo":
+                yield kind, found
+
+
+def _wanted_size(table_text: str, name: str) -> Optional[int]:
+    block = re.search(r"\bset\s+" + name + r"\s*\{([^{}]*)", table_text)
+    size = _SIZE.search(block.group(1)) if block else None
+    return int(size.group(1)) if size else None
+
+
+def _add_elements(name: str, elements: Any, size: Optional[int]) -> list[str]:
+    """Commands that add elements of a listing again, those that last longest first: a smaller set may not hold all."""
+    live = []
+    for entry in elements:
+        element = entry.get("elem") if isinstance(entry, dict) else None
+        if not isinstance(element, dict) or not element.get("expires"):
+            continue
+        value = element["val"]
+        parts = value["concat"] if isinstance(value, dict) else [value]
+        # An interface that has gone is listed by its number, which nft doesn't take back.
+        if all(isinstance(part, str) for part in parts):
+            live.append((element["expires"], element["timeout"], " . ".join(f'"{part}"' if index < len(parts) - 1 else part for index, part in enumerate(parts))))
+    live.sort(reverse=True)
+    return [
+        f"add element inet {TABLE} {name} {{ {key} timeout {timeout}s expires {expires}s }}"
+        for expires, timeout, key in live[:size]
+    ]
+
+
+def _stable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: sorted(map(_stable, inner), key=_text) if key in ("elem", "set") and isinstance(inner, list) else _stable(inner)
+            for key, inner in value.items()
+            if key not in _VOLATILE
+        }
+    if isinstance(value, list):
+        return [_stable(inner) for inner in value]
+    return value
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+__all__ = ("TABLE", "close_window", "listing_digest", "normalise", "replace_transaction")

@@ -19,7 +19,7 @@ demo: controller fleet-ready ## a fleet of three vanishes, opens and vanishes ag
 
 .PHONY: demo-clean
 demo-clean: ## remove the demo's containers, network and files
-	@scripts/fleet.py down demo
+	@python3 scripts/fleet.py down demo
 
 .PHONY: test
 test: tools fleet-ready ## everything that can fail: unit, lint, sanity, network namespaces, Molecule
@@ -51,7 +51,7 @@ images: engine ## the test fleet's images
 
 .PHONY: clean
 clean: ## remove every test fleet, the environment and the caches; images stay
-	@! docker info >/dev/null 2>&1 || scripts/fleet.py down
+	@! docker info >/dev/null 2>&1 || python3 scripts/fleet.py down
 	@rm -rf .venv $(CACHE) .mypy_cache .pytest_cache .ruff_cache
 
 .PHONY: clean-images

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # Copyright (c) 2026, fleet.portknock contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Runs the project's checks: one header a step, one line a check, everything else in ``.cache/logs``.
@@ -24,7 +23,7 @@ CACHE = ROOT / ".cache"
 LOGS = CACHE / "logs"
 TAIL_LINES = 40
 # pytest's closing line: "12 passed, 1 skipped in 3.21s", with or without a frame of = around it.
-CLOSING = re.compile(r"^(?:=+ )?((?:\d+ (?:failed|passed|skipped|errors?|xfailed|xpassed|deselected|warnings?)(?:, )?)+) in [\d.]+s")
+CLOSING = re.compile(r"(?:=+ )?((?:\d+ (?:failed|passed|skipped|error|x|desel|warn)\w*(?:, )?)+) in [\d.]+s")
 COUNTED = re.compile(r"(\d+) (failed|passed|skipped|error)")
 TERMINAL = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -84,11 +83,13 @@ def environment(check: Check) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": str(CACHE),
-        "MYPYPATH": str(CACHE),
+        "MYPYPATH": f"{CACHE}:{ROOT / 'molecule'}",
         "ANSIBLE_COLLECTIONS_PATH": str(CACHE),
         "ANSIBLE_HOME": str(CACHE / "ansible"),
         "ANSIBLE_NOCOLOR": "1",
         "NO_COLOR": "1",
+        # The fleet's own inventory and vault password are there only after create.
+        "MOLECULE_ANSIBLE_ARGS_STRICT_MODE": "1",
         "MOLECULE_EPHEMERAL_DIRECTORY": str(CACHE / "molecule" / check.name),
     }
 

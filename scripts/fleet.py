@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # Copyright (c) 2026, fleet.portknock contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Starts and removes a test fleet: containers with systemd and sshd, and a client host that stands outside.
@@ -69,8 +68,11 @@ def make_network(name: str) -> tuple[ipaddress.IPv4Network, ipaddress.IPv6Networ
         if any(net4.overlaps(other) for other in taken):
             continue
         made = subprocess.run(
-            ["docker", "network", "create", "--label", f"{LABEL}={name}", "--ipv6", "--subnet", str(net4)]
-            + ["--subnet", str(net6), "--gateway", str(net4[1]), "--gateway", str(net6[1]), PREFIX + name],
+            [
+                *("docker", "network", "create", "--label", f"{LABEL}={name}", "--ipv6"),
+                *("--subnet", str(net4), "--gateway", str(net4[1])),
+                *("--subnet", str(net6), "--gateway", str(net6[1]), PREFIX + name),
+            ],
             capture_output=True,
             text=True,
             check=False,
@@ -133,7 +135,7 @@ def prepare_host(fleet: str, host: str, public_key: str) -> str:
 
 
 def inventory(directory: Path, hosts: dict[str, dict[str, str]]) -> str:
-    """JSON is YAML. The options sit in group_vars' place, so that a test can write inventories of its own."""
+    """What a user would write; JSON is YAML."""
     ssh = f"-o UserKnownHostsFile={directory}/known_hosts -o StrictHostKeyChecking=yes"
     shared = {
         "ansible_user": "root",
@@ -150,11 +152,11 @@ def write_private(path: Path, text: str) -> None:
         file.write(text)
 
 
-def up(fleet: str, wanted: dict[str, str]) -> None:
+def up(fleet: str, wanted: dict[str, str], variables: Path | None) -> None:
     down(fleet)
     directory = FLEETS / fleet
     directory.mkdir(parents=True, mode=0o700)
-    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"fleet.portknock {fleet}", "-f", f"{directory}/id_ed25519")
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", PREFIX + fleet, "-f", f"{directory}/id_ed25519")
     public_key = (directory / "id_ed25519.pub").read_text()
     write_private(directory / "vault-password", secrets.token_hex(16) + "\n")
 
@@ -172,9 +174,7 @@ def up(fleet: str, wanted: dict[str, str]) -> None:
     with ThreadPoolExecutor(max_workers=4) as pool:
         list(
             pool.map(
-                lambda name: start_container(
-                    fleet, name, machines[name], known[name]["ipv4"], known[name]["ipv6"]
-                ),
+                lambda name: start_container(fleet, name, machines[name], known[name]["ipv4"], known[name]["ipv6"]),
                 machines,
             )
         )
@@ -186,6 +186,9 @@ def up(fleet: str, wanted: dict[str, str]) -> None:
     lines += [f"[{known[name][family]}]:2222 {key}\n" for name, key in keys.items() for family in ("ipv4", "ipv6")]
     write_private(directory / "known_hosts", "".join(lines))
     write_private(directory / "inventory.yml", inventory(directory, hosts))
+    if variables is not None:
+        (directory / "group_vars").mkdir()
+        shutil.copy(variables, directory / "group_vars" / "all.yml")
     description = {
         "name": fleet,
         "ipv4": str(net4),
@@ -215,6 +218,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     starting = commands.add_parser("up", help="start a fleet, in place of one of the same name")
     starting.add_argument("name")
+    starting.add_argument("--vars", type=Path, metavar="FILE", help="group variables for all hosts")
     starting.add_argument("hosts", nargs="+", metavar="HOST=IMAGE")
     stopping = commands.add_parser("down", help="remove a fleet, or all of them")
     stopping.add_argument("name", nargs="?")
@@ -222,7 +226,7 @@ def main() -> int:
     if arguments.command == "down":
         down(arguments.name)
         return 0
-    up(arguments.name, dict(pair.split("=", 1) for pair in arguments.hosts))
+    up(arguments.name, dict(pair.split("=", 1) for pair in arguments.hosts), arguments.vars)
     return 0
 
 

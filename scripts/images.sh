@@ -47,6 +47,7 @@ changes_of() {
 mirror() {
     local codename
     codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+    # shellcheck disable=SC2016  # the placeholders are apt's
     apt-get indextargets --format '$(RELEASE) $(REPO_URI)' 'Created-By: Packages' |
         awk -v codename="$codename" '$1 == codename || $1 == "stable" { print $2; exit }'
 }

@@ -10,10 +10,14 @@ WORK=$CACHE/sanity
 COPY=$WORK/ansible_collections/fleet/portknock
 PIP_VERSION=24.2 # the one that ansible-test of ansible-core 2.19 asks for
 
-# ansible-test wants a real folder of this name. Outside of git it looks at every file, so copy what git would.
+# ansible-test wants a real folder of this name, and asks git for its files: a copy that is a repository of its own,
+# because git says of the one around it that all of .cache is ignored.
 rm -rf "$COPY"
 mkdir -p "$COPY"
 (cd "$ROOT" && git ls-files -z --cached --others --exclude-standard | tar -c --null --ignore-failed-read -T - 2>/dev/null) | tar -x -C "$COPY"
+git -C "$COPY" init --quiet
+echo tests/output >>"$COPY/.git/info/exclude"
+git -C "$COPY" add --all
 
 # It would fetch get-pip.py from a site of its own; this one does the same with a pip from the index.
 HOME=$WORK/home
@@ -29,6 +33,6 @@ sys.argv = ["pip", "install", *options]
 runpy.run_module("pip", run_name="__main__")
 PYTHON
 
-cd "$COPY"
+cd "$COPY" || exit
 unset PYTHONPATH ANSIBLE_COLLECTIONS_PATH ANSIBLE_HOME
-exec ansible-test sanity --venv --requirements --python 3.11 --color no "$@"
+exec ansible-test sanity --requirements --python 3.11 --color no "$@"

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+# Three hosts vanish from a scanner, open for one who knocks, and vanish again.
+
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib.sh"
+
+FLEET=$CACHE/fleet/demo
+PASSWORD_FILE=$FLEET/vault-password
+HOSTS=(web1 web2 web3)
+GUEST=web2
+export ANSIBLE_COLLECTIONS_PATH=$CACHE ANSIBLE_HOME=$CACHE/ansible ANSIBLE_CONFIG=/dev/null ANSIBLE_NOCOLOR=1
+
+step_number=0
+step() { step_number=$((step_number + 1)); printf '\n%s. %s\n' "$step_number" "$*"; }
+show() { printf '   $ %s\n' "$*"; }
+tell() { sed 's/^/     /'; }
+
+# address HOST ipv4|ipv6
+address() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["hosts"][sys.argv[2]][sys.argv[3]])' "$FLEET/fleet.json" "$@"; }
+
+client() { docker exec -i portknock-demo-client "$@"; }
+
+# scan: all tcp ports of all hosts from the client, over IPv4 and IPv6; one line for each host.
+scan() {
+    local host found4 found6
+    show "nmap -p- ${HOSTS[*]}    (on the client: every tcp port, IPv4 and IPv6)"
+    for host in "${HOSTS[@]}"; do
+        found4=$(client nmap -n -Pn -p- -T5 --min-rate 20000 --open -oG - "$(address "$host" ipv4)" | open_ports)
+        found6=$(client nmap -6 -n -Pn -p- -T5 --min-rate 20000 --open -oG - "$(address "$host" ipv6)" | open_ports)
+        printf '     %s  %-12s %-16s %-22s %s\n' "$host" "$(address "$host" ipv4)" "$found4" "$(address "$host" ipv6)" "$found6"
+    done
+}
+
+open_ports() { grep -oE '[0-9]+/open/tcp' | sed 's,/open/tcp, open,' | paste -sd' ' | grep . || echo "nothing open"; }
+
+site() {
+    local log=$1 start=$SECONDS
+    show "ansible-playbook fleet.portknock.site -i inventory.yml"
+    (cd "$FLEET" && quiet "$log" ansible-playbook fleet.portknock.site -i inventory.yml --vault-password-file "$PASSWORD_FILE")
+    sed -n '/^PLAY RECAP/,$p' "$LOGS/$log.log" | sed -n 's/ \+unreachable.*//; /: ok=/p' | tell
+    printf '     %s s\n' $((SECONDS - start))
+}
+
+# knocks HOST: the host's sequence, read from the vaulted keyring with Ansible's own tool.
+knocks() {
+    ansible-vault view --vault-password-file "$PASSWORD_FILE" "$FLEET/knock_keyring/$1.yml" |
+        python3 -c 'import sys, yaml; print(*yaml.safe_load(sys.stdin)["operators"]["default"]["current"]["knocks"])'
+}
+
+# port_state: how the guest's port 22 looks from the client.
+port_state() { client nmap -n -Pn -p22 -oG - "$(address "$GUEST" ipv4)" | grep -oE '22/[a-z]+' | cut -d/ -f2; }
+
+trap '[ $? -eq 0 ] || { echo; echo "The demo stopped early. make demo-clean removes what it started; logs are in .cache/logs."; } >&2' EXIT
+
+step "Start three hosts (Debian 11, 12 and 13, systemd and sshd) and a client outside"
+quiet demo-fleet python3 "$ROOT/scripts/fleet.py" up --vars "$ROOT/demo/vars.yml" demo web1=debian11 web2=debian12 web3=debian13
+client sh -ec 'umask 077; mkdir -p /root/.ssh; cat >/root/.ssh/id_ed25519' <"$FLEET/id_ed25519"
+client sh -ec 'umask 077; cat >/root/.ssh/known_hosts' <"$FLEET/known_hosts"
+docker ps --filter name=^/portknock-demo- --format '{{.Names}}  {{.Status}}' | sort | tell
+
+step "What a scanner on the client sees now"
+scan
+
+step "Put them behind port knocking: each host is closed, proved from outside, and only then kept so"
+site demo-site-1
+
+step "What the scanner sees afterwards"
+scan
+[ "$(port_state)" = closed ] || die "port 22 of $GUEST is not closed"
+
+step "Knock at $GUEST from the client, and log in with plain ssh"
+read -r -a sequence <<<"$(knocks "$GUEST")"
+show "knock $GUEST ****  ****  ****  ****    (${#sequence[@]} secret ports, from the vaulted keyring)"
+client knock "$(address "$GUEST" ipv4)" "${sequence[@]/\//:}"
+show "ssh root@$GUEST"
+# shellcheck disable=SC2016  # for the host's shell to expand
+client ssh -o BatchMode=yes -o ConnectTimeout=5 "root@$(address "$GUEST" ipv4)" '. /etc/os-release; echo "I am $(hostname), $PRETTY_NAME"' | tell
+
+step "Wait for the window to end (10 s after the knock)"
+waited=$SECONDS
+until [ "$(port_state)" = closed ]; do
+    [ $((SECONDS - waited)) -lt 40 ] || die "the port is still open after 40 s"
+    sleep 0.5
+done
+show "ssh root@$GUEST"
+client ssh -o BatchMode=yes -o ConnectTimeout=5 "root@$(address "$GUEST" ipv4)" true 2>&1 | tell || true
+
+step "Run it again: Ansible knocks for itself, and finds nothing to do"
+site demo-site-2
+! sed -n '/^PLAY RECAP/,$p' "$LOGS/demo-site-2.log" | grep -q 'changed=[1-9]' || die "the second run changed something"
+
+step "Where to look next"
+cat <<NEXT
+   The fleet keeps running; look around from the folder $FLEET:
+     the secrets     ansible-vault view --vault-password-file vault-password knock_keyring/$GUEST.yml
+     the gate        docker exec portknock-demo-$GUEST nft list table inet fleet_portknock
+     Ansible         ansible all -i inventory.yml --vault-password-file vault-password -c fleet.portknock.knock_ssh -m ping
+   (with PATH=$ROOT/.venv/bin:\$PATH and ANSIBLE_COLLECTIONS_PATH=$CACHE)
+   README.md has the quick start for hosts of your own. make demo-clean removes all of this.
+NEXT

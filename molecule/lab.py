@@ -1,0 +1,280 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A running test fleet as the tests see it: from the client outside, from inside the hosts, and by ansible-playbook."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import testinfra  # type: ignore[import-untyped]
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = ("ipv4", "ipv6")
+RUN_SECONDS = 300
+GATE_TABLE = "fleet_portknock"
+_RECAP = re.compile(r"^(\S+)\s+: (.*)$", re.MULTILINE)
+
+
+class Run(NamedTuple):
+    """One ansible-playbook: its exit status, all of its output, and the recap's numbers for each host."""
+
+    status: int
+    output: str
+    recap: dict[str, dict[str, int]]
+
+
+class Fleet:
+    """The containers of one scenario, and everything that the run may know about them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.directory = ROOT / ".cache" / "fleet" / name
+        self.description: dict[str, Any] = json.loads((self.directory / "fleet.json").read_text())
+        self.hosts: dict[str, dict[str, str]] = self.description["hosts"]
+        self.client: str = self.description["client"]["container"]
+        self.inventory = self.directory / "inventory.yml"
+
+    # Outside.
+
+    @cached_property
+    def sources(self) -> _Sources:
+        return _Sources(self)
+
+    def outside(self, *steps: list[object]) -> list[Any]:
+        """Let the client do the steps of resources/outside.py, all in one go."""
+        done = subprocess.run(
+            ["docker", "exec", "-i", self.client, "python3", "-c", OUTSIDE],
+            input=json.dumps(steps),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        results: list[Any] = json.loads(done.stdout)
+        return results
+
+    def scan(self, family: str, ports: str = "-") -> dict[str, dict[str, str]]:
+        """nmap's view of tcp ports: for each host the ports that don't look like most others, and how most look."""
+        by_address = {host[family]: name for name, host in self.hosts.items()}
+        argv = ["docker", "exec", self.client, "nmap", "-n", "-Pn", f"-p{ports}", "-T5", "--min-rate", "20000"]
+        argv += ["--max-retries", "3", "-oG", "-", *(["-6"] if family == "ipv6" else []), *by_address]
+        text = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+        seen: dict[str, dict[str, str]] = {}
+        for address, rest in re.findall(r"^Host: (\S+) \(\)\t(?:Ports: |Ignored State: )(.*)$", text, re.MULTILINE):
+            listed = re.findall(r"(\d+)/([a-z|]+)/tcp", rest)
+            others = re.search(r"(?:Ignored State: |^)(\w+) \((\d+)\)", rest)
+            seen[by_address[address]] = dict(listed) | {"others": others[1] if others else "none"}
+        return seen
+
+    # Inside: past the gate, so never a proof of what the gate does.
+
+    def inside(self, host: str) -> Any:
+        return testinfra.get_host(f"docker://{self.hosts[host]['container']}")
+
+    def execute(self, host: str, script: str, check: bool = True) -> str:
+        done = subprocess.run(
+            ["docker", "exec", "-i", self.hosts[host]["container"], "sh", "-eu"],
+            input=script,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if check and done.returncode:
+            raise AssertionError(f"on {host}: {done.stderr}")
+        return done.stdout
+
+    def state(self, host: str) -> dict[str, str]:
+        """Everything that the collection could have left behind."""
+        return {
+            "ruleset": self.execute(host, "nft list ruleset"),
+            "files": self.execute(
+                host,
+                "find / -xdev \\( -path /proc -o -path /sys -o -path /var/log -o -path /var/cache -o -path /tmp"
+                " -o -path '*/__pycache__' -o -path /var/lib/apt -o -path /var/lib/dpkg -o -path /var/lib/systemd \\)"
+                " -prune -o \\( -type f -o -type l -o -type d \\) -printf '%p %m %y\\n' | sort",
+            ),
+            "run": self.execute(host, "find /run -name '*portknock*' | sort"),
+            "units": self.execute(host, "systemctl list-unit-files --no-legend --no-pager | sort"),
+            "transient": self.execute(host, "systemctl list-units --all --no-legend '*portknock*'"),
+        }
+
+    def has_gate(self, host: str) -> bool:
+        return GATE_TABLE in self.execute(host, "nft list tables")
+
+    def restart(self) -> None:
+        containers = [host["container"] for host in self.hosts.values()]
+        subprocess.run(["docker", "restart", "-t", "5", *containers], check=True, capture_output=True)
+
+    def has_booted(self, host: str) -> bool:
+        return self.execute(host, "systemctl is-system-running", check=False).strip() in ("running", "degraded")
+
+    def wait_for_boot(self) -> None:
+        for host in self.hosts:
+            wait_until(partial(self.has_booted, host), 60, f"{host} has booted")
+
+    # Ansible.
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {
+            **os.environ,
+            "ANSIBLE_COLLECTIONS_PATH": str(ROOT / ".cache"),
+            "ANSIBLE_CONFIG": os.devnull,
+            "ANSIBLE_HOME": str(ROOT / ".cache" / "ansible"),
+            "ANSIBLE_INJECT_FACT_VARS": "false",
+            "ANSIBLE_NOCOLOR": "1",
+            "PYTHONUNBUFFERED": "1",
+            **more,
+        }
+
+    def command(self, playbook: str | Path, *arguments: str, inventory: Path | None = None) -> list[str]:
+        argv = ["ansible-playbook", str(playbook), "-i", str(inventory or self.inventory)]
+        return [*argv, "--vault-password-file", str(self.directory / "vault-password"), *arguments]
+
+    def play(
+        self,
+        playbook: str | Path,
+        *arguments: str,
+        inventory: Path | None = None,
+        variables: Mapping[str, object] | None = None,
+        **environment: str,
+    ) -> Run:
+        argv = self.command(playbook, *arguments, inventory=inventory)
+        if variables:
+            argv += ["--extra-vars", json.dumps(variables)]
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.directory,
+            env=self.environment(**environment),
+            timeout=RUN_SECONDS,
+            check=False,
+        )
+        recap = {
+            host: {key: int(number) for key, number in re.findall(r"(\w+)=(\d+)", rest)}
+            for host, rest in _RECAP.findall(done.stdout)
+        }
+        return Run(done.returncode, done.stdout, recap)
+
+    def kill_play_when(
+        self, playbook: str | Path, happened: Callable[[], bool], variables: Mapping[str, object] | None = None
+    ) -> None:
+        """Start ansible-playbook, and kill the whole process group once something has happened."""
+        argv = self.command(playbook, "--extra-vars", json.dumps(variables or {}))
+        with (self.directory / "killed.log").open("w") as log:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.directory,
+                env=self.environment(),
+                start_new_session=True,
+            )
+            try:
+                wait_until(happened, 60, "the play got so far", lambda: process.poll() is None)
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def write(self, name: str, content: object) -> Path:
+        """A playbook or an inventory of the test's own, beside the fleet's."""
+        path = self.directory / name
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    # Secrets.
+
+    def secrets(self, host: str) -> dict[str, Any]:
+        """The host's keyring file, by the tool that anybody has."""
+        path = self.directory / "knock_keyring" / f"{host}.yml"
+        done = subprocess.run(
+            ["ansible-vault", "view", "--vault-password-file", str(self.directory / "vault-password"), str(path)],
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        content: dict[str, Any] = yaml.safe_load(done.stdout)
+        return content
+
+    def knocks(self, host: str, operator: str = "default") -> list[str]:
+        knocks: list[str] = self.secrets(host)["operators"][operator]["current"]["knocks"]
+        return knocks
+
+    def leaks(self, text: str) -> list[str]:
+        """Which hosts' secrets a text gives away.
+
+        One number may stand there by chance, as a process id or a size; a knock in full, two numbers of one sequence,
+        or the seed may not.
+        """
+        numbers = set(re.findall(r"(?<![\w.])\d{4,5}(?![\w.])", text))
+        found = []
+        for host in self.hosts:
+            secrets = self.secrets(host)
+            for operator in secrets["operators"].values():
+                knocks = operator["current"]["knocks"]
+                in_full = any(knock in text for knock in knocks)
+                if in_full or len(numbers & {knock.split("/")[0] for knock in knocks}) > 1:
+                    found.append(host)
+            if secrets["tripwires"]["seed"] in text:
+                found.append(host)
+        return found
+
+
+class _Sources:
+    """Addresses of the client's own: a fresh one for each attempt, so that no test sees what another left behind.
+
+    Progress over IPv6 is keyed on the /64, so each attempt gets a /64.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._client = fleet.client
+        self._net4 = ipaddress.IPv4Network(fleet.description["ipv4"])
+        self._net6 = ipaddress.IPv6Network(fleet.description["ipv6"])
+        self._next = 0
+
+    def take(self, family: str, count: int = 1) -> list[str]:
+        """Addresses; with IPv6 all of them in one fresh /64."""
+        self._next += 1
+        if family == "ipv6":
+            block = 1 + self._next % 255
+            chosen = [f"{self._net6[(block << 64) + 16 + index]}" for index in range(count)]
+            added = [f"ip -6 addr replace {address}/{self._net6.prefixlen} dev eth0 nodad" for address in chosen]
+        else:
+            first = self._next
+            self._next += count - 1
+            chosen = [f"{self._net4[50 + (first + index) % 200]}" for index in range(count)]
+            added = [f"ip -4 addr replace {address}/{self._net4.prefixlen} dev eth0" for address in chosen]
+        subprocess.run(["docker", "exec", self._client, "sh", "-ec", "; ".join(added)], check=True, capture_output=True)
+        return chosen
+
+
+OUTSIDE = (ROOT / "molecule" / "resources" / "outside.py").read_text()
+
+
+def wait_until(
+    happened: Callable[[], bool], seconds: float, what: str, still_worth_it: Callable[[], bool] = lambda: True
+) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > deadline or not still_worth_it():
+            raise AssertionError(f"waited {seconds} s in vain until {what}")
+        time.sleep(0.05)
+
+
+def wrong_orders(knocks: list[str]) -> Iterable[list[str]]:
+    yield list(reversed(knocks))
+    yield [knocks[1], knocks[0], *knocks[2:]]

@@ -75,7 +75,9 @@ def generate(
     check_length(length)
     choices = check_protocols(protocols)
     source = SystemRandom() if random is None else random
-    ports = _draw_ports(length, excluded, source)
+    # Rejection would hardly ever find one of the few ports that are left.
+    crowded = len(excluded) > _PORT_COUNT * 99 // 100
+    ports = None if crowded else _draw_ports(length, excluded, source)
     if ports is None:
         ports = _draw_ports_exactly(length, excluded, source)
     ordered = _disorder(sorted(ports), source)
@@ -112,7 +114,7 @@ def _draw_ports_exactly(length: int, excluded: AbstractSet[int], random: Random)
 
     :raises PortknockError: there is no such set.
     """
-    pool = [port for port in range(LOWEST_PORT, HIGHEST_PORT + 1) if port not in excluded]
+    pool = sorted(set(range(LOWEST_PORT, HIGHEST_PORT + 1)).difference(excluded))
     apart = _most_apart(pool)
     if apart < length:
         raise PortknockError(

@@ -50,12 +50,13 @@ class ActionModule(ActionBase):
 
     def _ssh(self, task_vars: dict[str, Any]) -> Connection:
         """The connection that knows this host's destination and keyring, whichever one the task has."""
-        if isinstance(self._connection, Connection):
+        if isinstance(self._connection, Connection) and not self._task.delegate_to:
             return self._connection
         connection = connection_loader.get("fleet.portknock.knock_ssh", self._play_context, "/dev/null")
-        # As core's executor does it: a task's timeout and retries are not the connection's.
+        # As core's executor does it: a task's timeout and retries are not the connection's. The host that is meant is
+        # the task's own, wherever the task is delegated to.
         task_keys = {**self._task.dump_attrs(), "timeout": self._play_context.timeout}
-        del task_keys["retries"]
+        del task_keys["retries"], task_keys["delegate_to"]
         connection.set_options(
             task_keys=task_keys,
             var_options=connection._resolve_option_variables(task_vars, self._templar),

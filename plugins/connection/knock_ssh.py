@@ -32,6 +32,12 @@ options:
     type: string
     vars:
       - name: inventory_hostname
+  knock_delegate:
+    description:
+      - The host that the task is delegated to, which the keyring then knows by this name.
+    type: string
+    keyword:
+      - name: delegate_to
   knock_operator:
     description:
       - The operator whose sequence is sent.
@@ -128,7 +134,8 @@ class Connection(CoreConnection):
 
         :raises PortknockError: the keyring or the host's entry can't be read.
         """
-        name = self.get_option("inventory_hostname")
+        # A delegated task's variables still carry the name of the host that it is for.
+        name = self.get_option("knock_delegate") or self.get_option("inventory_hostname")
         try:
             keyring = open_keyring(self.get_option)
         except PortknockError:

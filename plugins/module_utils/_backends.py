@@ -51,6 +51,7 @@ _WANTED = {
 }
 # The kernel's reasons for refusing a rule; nft prints them after this phrase, and nothing of the rule with them.
 _KERNEL_REASON = re.compile(r"Could not process rule: ([A-Za-z ,'-]+)")
+_LISTING = '{"nftables"'
 _LINE = re.compile(r"^[^\n:]*:([0-9]+):[0-9]+", re.MULTILINE)
 
 
@@ -109,8 +110,10 @@ class Nftables:
         done = self._run([self.program, "-j", "list", "table", "inet", TABLE], None)
         if done.code != 0:
             return None
+        # nft 0.9.8 prints warnings of its own before the listing.
+        start = done.stdout.find(_LISTING)
         try:
-            listing = json.loads(done.stdout)
+            listing = json.loads(done.stdout[start:]) if start >= 0 else None
         except ValueError:
             return None
         return listing if isinstance(listing, dict) else None

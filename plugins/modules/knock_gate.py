@@ -168,6 +168,8 @@ def main() -> None:
         )
     except PortknockError as exc:
         module.fail_json(msg=str(exc))
+    for warning in result.pop("warnings", ()):
+        module.warn(warning)
     module.exit_json(**result)
 
 

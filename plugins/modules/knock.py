@@ -58,6 +58,7 @@ options:
   knocks:
     description:
       - The sequence, a list such as C([port/tcp, port/udp]), given by hand instead of taken from the keyring.
+      - Give it by a vault-encrypted variable. Ansible itself shows the text of a task that fails.
     type: raw
   knock:
     description: With V(false), nothing is sent but one look at the port.

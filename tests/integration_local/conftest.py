@@ -204,7 +204,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         cleaning.callback(sshd.terminate)
         until = time.monotonic() + 20
         while f":{PORT}" not in lab.inside("ss", "-Hltn"):
-            assert sshd.poll() is None and time.monotonic() < until
+            assert sshd.poll() is None
+            assert time.monotonic() < until
             time.sleep(0.02)
         yield lab
 

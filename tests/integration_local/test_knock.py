@@ -13,6 +13,11 @@ from conftest import Lab, Outcome
 
 
 def knock(lab: Lab, *arguments: str, connection: str = "fleet.portknock.knock_ssh", **options: object) -> Outcome:
+    if "knocks" in options:
+        # By a variable: Ansible itself shows the text of a task that fails.
+        (lab.folder / "vars.json").write_text(json.dumps({"by_hand": options["knocks"]}))
+        options["knocks"] = "{{ by_hand }}"
+        arguments = (*arguments, "-e", "@vars.json")
     task = json.dumps([{"fleet.portknock.knock": options, "register": "seen"}, {"debug": {"var": "seen"}}])
     head = f"- hosts: web1\n  gather_facts: false\n  vars: {{ansible_connection: {connection}}}\n  tasks: {task}\n"
     return lab.play(head, "-vvv", *arguments, ANSIBLE_CALLBACK_RESULT_FORMAT="json")
@@ -68,7 +73,6 @@ def test_knocks_given_by_hand(lab: Lab) -> None:
     outcome = knock(lab, knocks=[str(step) for step in acc.RIGHT], host=acc.SERVER6, family="inet6")
     shown = result(outcome)
     assert (shown["state"], shown["address"]) == ("open", acc.SERVER6)
-    # The play's text has them; the output has not.
     assert not acc.SECRETS.search(outcome.output)
 
 

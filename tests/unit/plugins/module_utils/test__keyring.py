@@ -1,0 +1,458 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
+    HostSecrets,
+    HostState,
+    Operator,
+    Plan,
+    StoredSequence,
+    check_host_state,
+    check_operators,
+    parse_given,
+    plan_secrets,
+    read_host_state,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+
+NOW = "2026-01-31T08:15:00Z"
+LATER = "2026-02-28T20:00:00Z"
+A = (Knock(40000, "tcp"), Knock(30000, "udp"), Knock(50000, "tcp"))
+B = (Knock(41000, "tcp"), Knock(31000, "tcp"), Knock(51000, "tcp"))
+C = (Knock(42000, "tcp"), Knock(32000, "tcp"), Knock(52000, "tcp"))
+
+
+def stored(knocks: tuple[Knock, ...], generation: int = 1, source: str = "given") -> StoredSequence:
+    return StoredSequence(generation, knocks, source, NOW)
+
+
+def entry(**operators: Operator) -> HostSecrets:
+    return HostSecrets("ring", "web1", 3, bytes(range(32)), frozenset({22, 80}), operators)
+
+
+def plan(existing: HostSecrets | None, operators: list[str] | None = None, **arguments: Any) -> Plan:
+    return plan_secrets(
+        existing, keyring_id="ring", host="web1", operators=operators or ["default"], now=LATER, **arguments
+    )
+
+
+FULL = replace(
+    entry(
+        alice=Operator(True, stored(A), stored(B, 2, "generated")),
+        bob=Operator(False, stored(C, 3)),
+    ),
+    removed=True,
+)
+MAPPING: dict[str, Any] = {
+    "format": 1,
+    "keyring": "ring",
+    "host": "web1",
+    "generation": 3,
+    "removed": True,
+    "tripwires": {"seed": bytes(range(32)).hex(), "avoid": [22, 80]},
+    "operators": {
+        "alice": {
+            "active": True,
+            "current": {
+                "generation": 1,
+                "knocks": ["40000/tcp", "30000/udp", "50000/tcp"],
+                "source": "given",
+                "created": NOW,
+            },
+            "next": {
+                "generation": 2,
+                "knocks": ["41000/tcp", "31000/tcp", "51000/tcp"],
+                "source": "generated",
+                "created": NOW,
+            },
+        },
+        "bob": {
+            "active": False,
+            "current": {
+                "generation": 3,
+                "knocks": ["42000/tcp", "32000/tcp", "52000/tcp"],
+                "source": "given",
+                "created": NOW,
+            },
+        },
+    },
+}
+
+
+def test_the_shape_on_disk() -> None:
+    assert FULL.to_mapping() == MAPPING
+    assert HostSecrets.from_mapping(MAPPING, "f.yml") == FULL
+
+
+def test_removed_may_be_left_out() -> None:
+    mapping = {key: value for key, value in MAPPING.items() if key != "removed"}
+    assert HostSecrets.from_mapping(mapping, "f.yml") == replace(FULL, removed=False)
+
+
+DAMAGES: list[tuple[tuple[str, ...], object, str]] = [
+    ((), None, "a mapping of format, keyring, host, generation, tripwires, operators as the file"),
+    ((), ["48396/tcp"], "a mapping of format, keyring, host, generation, tripwires, operators as the file"),
+    (
+        ("format",),
+        2,
+        "a keyring file of format 1, not of a newer one that a later release wrote, as the file",
+    ),
+    (("format",), "1", "1 as format"),
+    (("keyring",), "", "the id of a keyring as keyring"),
+    (("host",), 7, "the name of a host as host"),
+    (("generation",), 0, "a whole number from 1 up as generation"),
+    (("generation",), True, "a whole number from 1 up as generation"),
+    (("removed",), "yes", "true or false as removed"),
+    (("unknown",), 1, "a mapping of format, keyring, host, generation, tripwires, operators as the file"),
+    (("tripwires",), [], "a mapping of seed, avoid as tripwires"),
+    (("tripwires", "seed"), "48396", "64 hexadecimal digits as seed"),
+    (("tripwires", "seed"), 48396, "64 hexadecimal digits as seed"),
+    (("tripwires", "avoid"), ["48396"], "a list of ports as avoid"),
+    (("tripwires", "avoid"), [483960], "a list of ports as avoid"),
+    (("operators",), {"a/b": {}}, "a mapping from operators' names as operators"),
+    (("operators",), {"vars": {}}, "a mapping from operators' names as operators"),
+    (("operators", "alice"), "48396", "a mapping of active, current as operator alice"),
+    (("operators", "alice", "active"), 1, "true or false as active"),
+    (("operators", "alice", "current"), None, "a mapping of generation, knocks, source, created as current"),
+    (("operators", "alice", "current", "knocks"), ["48396/tcp", "48396"], "a list of port/protocol as knocks"),
+    (("operators", "alice", "current", "knocks"), ["48396/tcp"], "a list of 3 to 16 knocks as knocks"),
+    (("operators", "alice", "next", "source"), "48396", "generated or given as source"),
+    (("operators", "alice", "next", "created"), "48396", "a UTC time such as 2026-01-31T08:15:00Z as created"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "expected"), DAMAGES)
+def test_a_damaged_file(place: tuple[str, ...], value: object, expected: str) -> None:
+    mapping = copy.deepcopy(MAPPING)
+    data: object = mapping
+    if place:
+        target = mapping
+        for key in place[:-1]:
+            target = target[key]
+        target[place[-1]] = value
+    else:
+        data = value
+    with pytest.raises(PortknockError) as caught:
+        HostSecrets.from_mapping(data, "/k/web1.yml")
+    assert str(caught.value) == (
+        f"/k/web1.yml: expected {expected}; got something else. The file is damaged or is not a keyring's; restore it "
+        f"from a backup."
+    )
+    assert "48396" not in str(caught.value)
+
+
+def test_what_is_shown_has_no_secret() -> None:
+    shown = repr(FULL.describe())
+    assert "alice" in shown
+    assert not any(str(knock.port) in shown for knock in (*A, *B, *C))
+    assert FULL.tripwire_seed.hex() not in shown
+
+
+def test_candidates_come_likeliest_first() -> None:
+    three = entry(
+        bob=Operator(False, stored(C)), alice=Operator(True, stored(A), stored(B)), carol=Operator(True, stored(C))
+    )
+    assert three.candidates() == [("alice", A), ("carol", C), ("alice", B), ("bob", C)]
+    assert three.candidates("alice") == [("alice", A), ("alice", B)]
+    assert three.candidates("bob") == [("bob", C)]
+
+
+def test_an_unknown_operator() -> None:
+    with pytest.raises(PortknockError) as caught:
+        FULL.candidates("mallory")
+    assert str(caught.value) == (
+        "knock_operator: expected an operator that the keyring knows on web1 (alice, bob); got 'mallory'."
+    )
+    with pytest.raises(PortknockError) as caught:
+        FULL.wanted(["alice", "mallory"])
+    assert str(caught.value) == (
+        "knock_server_operators: expected operators that the keyring knows on web1; got mallory."
+    )
+
+
+def test_what_the_gate_honours() -> None:
+    assert FULL.wanted(["alice"]) == {"alice": [B]}
+    assert FULL.wanted(["bob", "alice"]) == {"bob": [C], "alice": [B]}
+
+
+def test_promotion_keeps_the_generation_and_is_done_once() -> None:
+    promoted = FULL.promoted()
+    assert promoted.operators["alice"] == Operator(True, stored(B, 2, "generated"))
+    assert promoted.generation == FULL.generation
+    assert promoted.wanted(["alice", "bob"]) == FULL.wanted(["alice", "bob"])
+    assert promoted.promoted() == promoted
+
+
+def test_a_new_host() -> None:
+    made = plan(None, ["alice", "bob"], length=6, protocols=["tcp", "udp"], in_use={22, 8080}, protected={22})
+    assert made.changed
+    assert made.created == ("alice", "bob")
+    assert made.warnings == ()
+    secrets = made.secrets
+    assert (secrets.keyring_id, secrets.host, secrets.generation, secrets.removed) == ("ring", "web1", 1, False)
+    assert len(secrets.tripwire_seed) == 32
+    assert secrets.avoid == {22, 8080}
+    ports = [knock.port for operator in secrets.operators.values() for knock in operator.current.knocks]
+    assert len(ports) == len(set(ports)) == 12
+    assert plan(None).secrets.tripwire_seed != secrets.tripwire_seed
+    assert HostSecrets.from_mapping(secrets.to_mapping(), "f") == secrets
+
+
+def test_nothing_to_change() -> None:
+    first = plan(None, ["alice", "bob"]).secrets
+    again = plan(first, ["bob", "alice"], in_use={60000})
+    assert not again.changed
+    assert again.secrets is first
+    assert again.created == ()
+
+
+def test_operators_come_go_and_come_back() -> None:
+    first = plan(None, ["alice", "bob"]).secrets
+    second = plan(first, ["alice", "carol"])
+    assert second.changed
+    assert second.created == ("carol",)
+    assert second.secrets.generation == 2
+    assert [operator.active for operator in second.secrets.operators.values()] == [True, False, True]
+    assert second.secrets.operators["bob"].current == first.operators["bob"].current
+    third = plan(second.secrets, ["alice", "bob", "carol"])
+    assert third.created == ()
+    assert third.secrets.generation == 3
+    assert all(operator.active for operator in third.secrets.operators.values())
+
+
+def test_a_removed_host_is_live_again_with_the_same_sequences() -> None:
+    first = plan(None).secrets
+    removed = first.marked_removed()
+    assert removed.removed
+    again = plan(removed)
+    assert again.changed
+    assert again.secrets == replace(first, generation=2)
+
+
+def test_a_given_sequence_waits_beside_the_former_one() -> None:
+    first = entry(default=Operator(True, stored(A)))
+    second = plan(first, given={"default": B})
+    assert second.changed
+    assert second.secrets.operators["default"] == Operator(True, stored(A), StoredSequence(4, B, "given", LATER))
+    assert second.secrets.wanted(["default"]) == {"default": [B]}
+    assert not plan(second.secrets, given={"default": B}).changed
+    assert not plan(second.secrets.promoted(), given={"default": B}).changed
+
+
+def test_going_back_before_the_new_one_is_proved_keeps_both() -> None:
+    half = plan(entry(default=Operator(True, stored(A))), given={"default": B}).secrets
+    back = plan(half, given={"default": A}).secrets
+    assert back.wanted(["default"]) == {"default": [A]}
+    assert back.operators["default"].current.knocks == B
+
+
+@pytest.mark.parametrize(
+    ("deployed", "kept"),
+    [(3, A), (4, B)],
+    ids=["the host still has the former one", "the host has the new one"],
+)
+def test_a_third_sequence_before_the_second_is_promoted(deployed: int, kept: tuple[Knock, ...]) -> None:
+    half = plan(entry(default=Operator(True, stored(A))), given={"default": B}).secrets
+    third = plan(half, given={"default": C}, state=HostState("ring", deployed)).secrets
+    assert third.operators["default"].current.knocks == kept
+    assert third.wanted(["default"]) == {"default": [C]}
+
+
+def test_a_generated_sequence_gives_way_to_a_protected_port() -> None:
+    first = plan(None).secrets
+    port = first.operators["default"].current.knocks[1].port
+    second = plan(first, protected={port})
+    operator = second.secrets.operators["default"]
+    assert operator.current == first.operators["default"].current
+    assert operator.next is not None
+    assert port not in [knock.port for knock in operator.next.knocks]
+
+
+def test_a_given_sequence_that_is_kept_does_not() -> None:
+    with pytest.raises(PortknockError) as caught:
+        plan(entry(default=Operator(True, stored(A))), protected={30000})
+    assert str(caught.value) == (
+        "knock_server_sequences, operator default: expected no protected port; the sequence that the keyring holds, "
+        "which was given, has one."
+    )
+
+
+def test_another_length_is_for_the_next_rotation() -> None:
+    first = plan(None).secrets
+    again = plan(first, length=6)
+    assert not again.changed
+    assert again.warnings == (
+        "knock_server_sequence_length: the sequence of operator default on web1 keeps its 4 knocks; 6 take effect when "
+        "it is rotated.",
+    )
+
+
+def test_a_live_service_under_a_given_sequence() -> None:
+    made = plan(None, given={"default": A}, in_use={30000})
+    assert made.changed
+    assert made.warnings == (
+        "knock_server_sequences, operator default: 1 knock goes to a port on which a service of the host listens. The "
+        "service works on, but its own clients knock without meaning to.",
+    )
+
+
+def test_given_sequences_that_begin_alike() -> None:
+    other = (A[0], *B[1:])
+    with pytest.raises(PortknockError) as caught:
+        plan(None, ["alice", "bob"], given={"alice": A, "bob": other})
+    assert str(caught.value) == (
+        "knock_server_sequences: expected sequences that begin with different knocks; those of alice and bob begin alike."
+    )
+
+
+def test_a_generated_sequence_shares_no_port_with_a_given_one() -> None:
+    keep = {port for port in range(1024, 65536) if port not in {*range(40000, 40012, 2), 30000, 50000}}
+    made = plan(None, ["alice", "bob"], given={"alice": A}, in_use=keep)
+    assert {knock.port for knock in made.secrets.operators["bob"].current.knocks} <= {40002, 40004, 40006, 40008, 40010}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ([], "expected a list of at least one name; got []."),
+        ("alice", "expected a list of at least one name; got 'alice'."),
+        (
+            ["a/b"],
+            "expected names of 1 to 64 letters, digits, dots, hyphens and underscores that begin with a letter, a digit "
+            "or an underscore; got 'a/b'.",
+        ),
+        (
+            [".."],
+            "expected names of 1 to 64 letters, digits, dots, hyphens and underscores that begin with a letter, a digit "
+            "or an underscore; got '..'.",
+        ),
+        (
+            ["hosts"],
+            "expected names other than children, hosts, vars, which Ansible's inventory reserves; got 'hosts'.",
+        ),
+        (["a", "b", "a"], "expected each name once; got 'a' twice."),
+    ],
+)
+def test_bad_operators(value: object, says: str) -> None:
+    with pytest.raises(PortknockError) as caught:
+        check_operators(value)
+    assert str(caught.value) == f"knock_server_operators: {says}"
+
+
+def test_given_sequences_are_read() -> None:
+    assert parse_given({"a": ["40000/tcp", "30000/udp", "50000/tcp"]}, ["a", "b"]) == {"a": A}
+    assert parse_given({}, ["a"]) == parse_given(None, ["a"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (
+            ["48396/tcp"],
+            "knock_server_sequences: expected a mapping from an operator's name to a list of port/protocol; got another "
+            "type.",
+        ),
+        (
+            {"b": ["48396/tcp"]},
+            "knock_server_sequences: expected operators that knock_server_operators names (a); got b.",
+        ),
+        (
+            {"a": "48396/tcp"},
+            "knock_server_sequences, operator a: expected a list such as [22/tcp]; got another type.",
+        ),
+        (
+            {"a": ["48396"]},
+            "knock_server_sequences, operator a: expected port/protocol, a port from 1 to 65535 and tcp or udp, such as "
+            "22/tcp; got another value.",
+        ),
+        ({"a": ["48396/tcp"] * 2}, "knock_server_sequences, operator a: expected each port once; got one twice."),
+    ],
+)
+def test_bad_given_sequences_are_not_echoed(value: object, says: str) -> None:
+    with pytest.raises(PortknockError) as caught:
+        parse_given(value, ["a"])
+    assert str(caught.value) == says
+
+
+@pytest.mark.parametrize(
+    ("value", "state"),
+    [
+        (None, None),
+        ({}, None),
+        ({"present": False, "keyring": None, "generation": 0}, None),
+        ({"keyring": "ring", "generation": 2, "loaded": True}, HostState("ring", 2)),
+    ],
+)
+def test_what_a_gate_says_of_itself(value: object, state: HostState | None) -> None:
+    assert read_host_state(value) == state
+
+
+@pytest.mark.parametrize("value", ["ring", {"keyring": "ring"}, {"keyring": "ring", "generation": "2"}, {"keyring": 5}])
+def test_a_gate_that_says_something_else(value: object) -> None:
+    with pytest.raises(PortknockError) as caught:
+        read_host_state(value)
+    assert str(caught.value) == (
+        "host_state: expected what knock_gate_info reports as gate, a mapping with keyring and generation; got something "
+        "else."
+    )
+
+
+REMEDY = "Use the keyring that the gate came from, or set knock_server_adopt to give the host new secrets."
+
+
+@pytest.mark.parametrize(
+    ("state", "existing", "keyring_id", "says"),
+    [
+        (
+            HostState("other", 1),
+            FULL,
+            "ring",
+            "expected the keyring other, from which the gate of web1 came; got ring.",
+        ),
+        (
+            HostState("other", 1),
+            None,
+            None,
+            "expected the keyring other, from which the gate of web1 came; got a new one.",
+        ),
+        (HostState("ring", 2), None, "ring", "expected an entry for web1, whose gate has generation 2; got none."),
+        (
+            HostState("ring", 4),
+            FULL,
+            "ring",
+            "expected generation 4 or later of web1, which is what its gate has; got 3, an older copy.",
+        ),
+    ],
+)
+def test_a_keyring_that_is_not_the_gates(
+    state: HostState, existing: HostSecrets | None, keyring_id: str | None, says: str
+) -> None:
+    with pytest.raises(PortknockError) as caught:
+        check_host_state(state, existing, keyring_id, "web1", adopt=False)
+    assert str(caught.value) == f"knock_keyring_dir: {says} {REMEDY}"
+    check_host_state(state, existing, keyring_id, "web1", adopt=True)
+
+
+def test_a_keyring_that_is_the_gates() -> None:
+    check_host_state(None, None, None, "web1", adopt=False)
+    check_host_state(HostState("ring", 3), FULL, "ring", "web1", adopt=False)
+    check_host_state(HostState("ring", 1), FULL, "ring", "web1", adopt=False)
+
+
+@pytest.mark.parametrize("existing", [None, entry(default=Operator(True, stored(A)))])
+def test_an_adopted_host_gets_a_generation_beyond_its_gates(existing: HostSecrets | None) -> None:
+    made = plan(existing, state=HostState("other", 9))
+    assert made.changed
+    assert made.secrets.generation == 10
+    settled = plan(
+        made.secrets, state=HostState("ring", 10), length=len(made.secrets.operators["default"].current.knocks)
+    )
+    assert not settled.changed

@@ -12,12 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Optional
 
 TABLE = "fleet_portknock"
-# The sets that outlive a change of the ruleset, and the types of their elements as nft's JSON names them.
-_OPEN_SETS: Mapping[str, Any] = {
-    "open4": "ipv4_addr",
-    "open6": "ipv6_addr",
-    "open_ll6": ["iface_index", "ipv6_addr"],
-}
+# The sets that outlive a change of the ruleset.
+_OPEN_SETS = ("open4", "open6", "open_ll6")
 # What differs from one load of the same text to the next, or counts.
 _VOLATILE = frozenset(("handle", "position", "index", "packets", "bytes", "count", "metainfo", "expires"))
 _SIZE = re.compile(r"\bsize\s+([0-9]+)", re.ASCII)
@@ -42,16 +38,32 @@ def replace_transaction(table_text: str, existing: Optional[Mapping[str, Any]]) 
         name = found["name"]
         if name in _OPEN_SETS:
             size = _wanted_size(table_text, name)
-            if kind == "set" and found.get("type") == _OPEN_SETS[name] and found.get("size") == size:
+            # A text without windows, the one for a boot that fails, leaves them alone.
+            if size in (None, found.get("size")):
                 continue
-            if kind == "set" and found.get("type") == _OPEN_SETS[name]:
-                elements.extend(_add_elements(name, found.get("elem", ()), size))
+            elements.extend(_add_elements(name, found.get("elem", ()), size))
         lines.append(f"delete {kind} inet {TABLE} {name}")
     # After the maps, whose verdicts may lead to chains.
     lines.extend(
         f"delete chain inet {TABLE} {found['name']}" for kind, found in _objects(existing) if kind == "chain"
     )
     return "\n".join((*lines, table_text.rstrip("\n"), *elements)) + "\n"
+
+
+def read_listing(output: str) -> Optional[dict[str, Any]]:
+    """What ``nft -j list table`` printed, as a listing; None where it holds none.
+
+    nft 0.9.8 prints its warnings in front of it, on standard output: it can't say a rule that writes to a map in JSON, and
+    puts its text in.
+    """
+    start = output.find('{"nftables"')
+    if start < 0:
+        return None
+    try:
+        listing = json.loads(output[start:])
+    except ValueError:
+        return None
+    return listing if isinstance(listing, dict) else None
 
 
 def normalise(listing: Mapping[str, Any]) -> str:
@@ -114,7 +126,8 @@ def _add_elements(name: str, elements: Any, size: Optional[int]) -> list[str]:
         parts = value["concat"] if isinstance(value, dict) else [value]
         # An interface that has gone is listed by its number, which nft doesn't take back.
         if all(isinstance(part, str) for part in parts):
-            live.append((element["expires"], element["timeout"], " . ".join(f'"{part}"' if index < len(parts) - 1 else part for index, part in enumerate(parts))))
+            quoted = [f'"{part}"' for part in parts[:-1]]
+            live.append((element["expires"], element["timeout"], " . ".join((*quoted, parts[-1]))))
     live.sort(reverse=True)
     return [
         f"add element inet {TABLE} {name} {{ {key} timeout {timeout}s expires {expires}s }}"
@@ -125,7 +138,10 @@ def _add_elements(name: str, elements: Any, size: Optional[int]) -> list[str]:
 def _stable(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            key: sorted(map(_stable, inner), key=_text) if key in ("elem", "set") and isinstance(inner, list) else _stable(inner)
+            # nft lists the members of a set in whatever order.
+            key: sorted(map(_stable, inner), key=_text)
+            if key in ("elem", "set") and isinstance(inner, list)
+            else _stable(inner)
             for key, inner in value.items()
             if key not in _VOLATILE
         }
@@ -138,4 +154,4 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-__all__ = ("TABLE", "close_window", "listing_digest", "normalise", "replace_transaction")
+__all__ = ("TABLE", "close_window", "listing_digest", "normalise", "read_listing", "replace_transaction")

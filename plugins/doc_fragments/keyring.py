@@ -54,8 +54,8 @@ options:
 options: {}
 notes:
   - The keyring is found as the connection plugin P(fleet.portknock.knock_ssh#connection) finds it, by
-    P(fleet.portknock.knock_ssh#connection:knock_keyring_dir) and
-    P(fleet.portknock.knock_ssh#connection:knock_keyring_plaintext), which are set by variable, environment or
+    O(fleet.portknock.knock_ssh#connection:knock_keyring_dir) and
+    O(fleet.portknock.knock_ssh#connection:knock_keyring_plaintext), which are set by variable, environment or
     C(ansible.cfg).
   - Files of the keyring are encrypted and decrypted with the vault secrets of the run, such as C(--vault-id) and
     C(--vault-password-file) give them. Where there are several, C(vault_encrypt_identity) of the configuration says

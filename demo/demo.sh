@@ -6,10 +6,9 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib.sh"
 
 FLEET=$CACHE/fleet/demo
-PASSWORD_FILE=$FLEET/vault-password
 HOSTS=(web1 web2 web3)
 GUEST=web2
-export ANSIBLE_COLLECTIONS_PATH=$CACHE ANSIBLE_HOME=$CACHE/ansible ANSIBLE_CONFIG=/dev/null ANSIBLE_NOCOLOR=1
+export ANSIBLE_HOME=$CACHE/ansible ANSIBLE_CONFIG=$FLEET/ansible.cfg ANSIBLE_NOCOLOR=1
 
 step_number=0
 step() { step_number=$((step_number + 1)); printf '\n%s. %s\n' "$step_number" "$*"; }
@@ -37,14 +36,14 @@ open_ports() { grep -oE '[0-9]+/open/tcp' | sed 's,/open/tcp, open,' | paste -sd
 site() {
     local log=$1 start=$SECONDS
     show "ansible-playbook fleet.portknock.site -i inventory.yml"
-    (cd "$FLEET" && quiet "$log" ansible-playbook fleet.portknock.site -i inventory.yml --vault-password-file "$PASSWORD_FILE")
+    (cd "$FLEET" && quiet "$log" ansible-playbook fleet.portknock.site -i inventory.yml)
     sed -n '/^PLAY RECAP/,$p' "$LOGS/$log.log" | sed -n 's/ \+unreachable.*//; /: ok=/p' | tell
     printf '     %s s\n' $((SECONDS - start))
 }
 
 # knocks HOST: the host's sequence, read from the vaulted keyring with Ansible's own tool.
 knocks() {
-    ansible-vault view --vault-password-file "$PASSWORD_FILE" "$FLEET/knock_keyring/$1.yml" |
+    ansible-vault view "$FLEET/knock_keyring/$1.yml" |
         python3 -c 'import sys, yaml; print(*yaml.safe_load(sys.stdin)["operators"]["default"]["current"]["knocks"])'
 }
 
@@ -93,9 +92,9 @@ site demo-site-2
 step "Where to look next"
 cat <<NEXT
    The fleet keeps running; look around from the folder $FLEET:
-     the secrets     ansible-vault view --vault-password-file vault-password knock_keyring/$GUEST.yml
+     the secrets     ansible-vault view knock_keyring/$GUEST.yml
      the gate        docker exec portknock-demo-$GUEST nft list table inet fleet_portknock
-     Ansible         ansible all -i inventory.yml --vault-password-file vault-password -c fleet.portknock.knock_ssh -m ping
-   (with PATH=$ROOT/.venv/bin:\$PATH and ANSIBLE_COLLECTIONS_PATH=$CACHE)
+     Ansible         ansible all -c fleet.portknock.knock_ssh -m ping
+   (with PATH=$ROOT/.venv/bin:\$PATH)
    README.md has the quick start for hosts of your own. make demo-clean removes all of this.
 NEXT

@@ -7,12 +7,13 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,18 +128,15 @@ class Fleet:
     def environment(self, **more: str) -> dict[str, str]:
         return {
             **os.environ,
-            "ANSIBLE_COLLECTIONS_PATH": str(ROOT / ".cache"),
-            "ANSIBLE_CONFIG": os.devnull,
+            "ANSIBLE_CONFIG": str(self.directory / "ansible.cfg"),
             "ANSIBLE_HOME": str(ROOT / ".cache" / "ansible"),
-            "ANSIBLE_INJECT_FACT_VARS": "false",
             "ANSIBLE_NOCOLOR": "1",
             "PYTHONUNBUFFERED": "1",
             **more,
         }
 
     def command(self, playbook: str | Path, *arguments: str, inventory: Path | None = None) -> list[str]:
-        argv = ["ansible-playbook", str(playbook), "-i", str(inventory or self.inventory)]
-        return [*argv, "--vault-password-file", str(self.directory / "vault-password"), *arguments]
+        return ["ansible-playbook", str(playbook), "-i", str(inventory or self.inventory), *arguments]
 
     def play(
         self,
@@ -200,15 +198,7 @@ class Fleet:
     def secrets(self, host: str) -> dict[str, Any]:
         """The host's keyring file, by the tool that anybody has."""
         path = self.directory / "knock_keyring" / f"{host}.yml"
-        done = subprocess.run(
-            ["ansible-vault", "view", "--vault-password-file", str(self.directory / "vault-password"), str(path)],
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        content: dict[str, Any] = yaml.safe_load(done.stdout)
-        return content
+        return _view(path, path.stat().st_mtime_ns, self.directory / "ansible.cfg")
 
     def knocks(self, host: str, operator: str = "default") -> list[str]:
         knocks: list[str] = self.secrets(host)["operators"][operator]["current"]["knocks"]
@@ -241,10 +231,11 @@ class _Sources:
     """
 
     def __init__(self, fleet: Fleet) -> None:
+        # Where the last test run stopped is not known, so begin anywhere.
+        self._next = random.randrange(200)
         self._client = fleet.client
         self._net4 = ipaddress.IPv4Network(fleet.description["ipv4"])
         self._net6 = ipaddress.IPv6Network(fleet.description["ipv6"])
-        self._next = 0
 
     def take(self, family: str, count: int = 1) -> list[str]:
         """Addresses; with IPv6 all of them in one fresh /64."""
@@ -263,6 +254,19 @@ class _Sources:
 
 
 OUTSIDE = (ROOT / "molecule" / "resources" / "outside.py").read_text()
+
+
+@lru_cache
+def _view(path: Path, _changed: int, configuration: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        ["ansible-vault", "view", str(path)],
+        env={**os.environ, "ANSIBLE_CONFIG": str(configuration)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    content: dict[str, Any] = yaml.safe_load(done.stdout)
+    return content
 
 
 def wait_until(

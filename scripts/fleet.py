@@ -3,8 +3,8 @@
 """Starts and removes a test fleet: containers with systemd and sshd, and a client host that stands outside.
 
 ``fleet.py up NAME web1=debian12 web2=debian13`` makes the network ``portknock-NAME``, one container for each host,
-``portknock-NAME-client``, and a folder ``.cache/fleet/NAME`` with all that Ansible needs: ``inventory.yml``, the ssh
-key, ``known_hosts``, a vault password and ``fleet.json`` for programs. ``fleet.py down NAME`` removes it all again.
+``portknock-NAME-client``, and a folder ``.cache/fleet/NAME`` with all that Ansible needs: ``inventory.yml``, ``ansible.cfg``,
+the ssh key, ``known_hosts``, a vault password and ``fleet.json`` for programs. ``fleet.py down NAME`` removes it all again.
 """
 
 from __future__ import annotations
@@ -30,6 +30,14 @@ FLEETS = ROOT / ".cache" / "fleet"
 BOOT_SECONDS = 60
 # Capabilities instead of --privileged, which asks for more than some build machines may give.
 CAPABILITIES = ("NET_ADMIN", "NET_RAW", "SYS_ADMIN")
+# Whoever works in the fleet's folder needs no options and no variables.
+CONFIGURATION = """\
+[defaults]
+inventory = inventory.yml
+vault_password_file = vault-password
+collections_path = {collections}
+inject_facts_as_vars = false
+"""
 
 
 def run(*argv: str, check: bool = True, stdin: str | None = None) -> str:
@@ -186,6 +194,7 @@ def up(fleet: str, wanted: dict[str, str], variables: Path | None) -> None:
     lines += [f"[{known[name][family]}]:2222 {key}\n" for name, key in keys.items() for family in ("ipv4", "ipv6")]
     write_private(directory / "known_hosts", "".join(lines))
     write_private(directory / "inventory.yml", inventory(directory, hosts))
+    write_private(directory / "ansible.cfg", CONFIGURATION.format(collections=ROOT / ".cache"))
     if variables is not None:
         (directory / "group_vars").mkdir()
         shutil.copy(variables, directory / "group_vars" / "all.yml")

@@ -1,5 +1,6 @@
 #!/usr/bin/python
 # Copyright (c) 2026, fleet.portknock contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ description:
   - Runs in the controller's process, without privileges, and needs no connection to the host. Never delegate it.
   - The sequence comes from the keyring unless O(knocks) gives it.
 author:
-  - fleet.portknock contributors
+  - fleet.portknock contributors (@fleet-portknock)
 extends_documentation_fragment:
   - fleet.portknock.keyring.module
 attributes:
@@ -52,7 +53,7 @@ options:
   operator:
     description:
       - The operator whose sequence is sent.
-      - Where it is not set, as P(fleet.portknock.knock_ssh#connection:knock_operator) says; without that, each
+      - Where it is not set, as O(fleet.portknock.knock_ssh#connection:knock_operator) says; without that, each
         operator's sequence is tried until one opens.
     type: str
   knocks:

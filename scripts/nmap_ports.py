@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 # Copyright (c) 2026, fleet.portknock contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Write the port numbers of an installed nmap into plugins/module_utils/_nmap_ports.py.
 
-Usage: scripts/nmap_ports.py [NMAP_SERVICES [NMAP_VERSION]]
+Usage: python3 scripts/nmap_ports.py [NMAP_SERVICES [NMAP_VERSION]]
 
 Without arguments: /usr/share/nmap/nmap-services and what ``nmap --version`` says.
 """

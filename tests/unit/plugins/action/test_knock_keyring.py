@@ -1,0 +1,171 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The task in real runs of ansible-playbook; no host is connected to."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.fleet.portknock.plugins.plugin_utils import _keyring
+
+COLLECTIONS = Path(_keyring.__file__).parents[5]
+
+
+class Run:
+    """One folder with an inventory, a vault password and a playbook."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ring = folder / "knock_keyring"
+        (folder / "hosts").write_text("[all]\nweb1\nweb2\n")
+        (folder / "ansible.cfg").write_text("[defaults]\n")
+        (folder / "password").write_text("the password of the tests\n")
+
+    def __call__(
+        self,
+        arguments: dict[str, Any] | list[dict[str, Any]],
+        *options: str,
+        inventory: str = "hosts",
+        vaulted: bool = True,
+        **environ: str,
+    ) -> str:
+        """Run the task, once for each set of arguments; return all that was printed."""
+        every = arguments if isinstance(arguments, list) else [arguments]
+        tasks = [{"fleet.portknock.knock_keyring": one} for one in every]
+        playbook = [{"hosts": "all", "gather_facts": False, "tasks": tasks}]
+        (self.folder / "play.yml").write_text(json.dumps(playbook))
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "KNOCK_"))}
+        environment.update(
+            ANSIBLE_COLLECTIONS_PATH=str(COLLECTIONS),
+            ANSIBLE_HOME=str(self.folder / "ansible"),
+            ANSIBLE_NOCOLOR="1",
+            ANSIBLE_CONFIG=str(self.folder / "ansible.cfg"),
+            COLUMNS="10000",
+            **environ,
+        )
+        secret = ["--vault-password-file", "password"] if vaulted else []
+        command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", inventory, "play.yml"]
+        done = subprocess.run(
+            [*command, *secret, *options],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        return done.stdout
+
+    def view(self, host: str) -> str:
+        """What plain ansible-vault shows."""
+        command = [str(Path(sys.executable).with_name("ansible-vault")), "view", "--vault-password-file", "password"]
+        return subprocess.run(
+            [*command, str(self.ring / f"{host}.yml")], cwd=self.folder, capture_output=True, text=True, check=True
+        ).stdout
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+def counts(printed: str) -> dict[str, tuple[int, int]]:
+    """Each host's changed and failed."""
+    lines = re.findall(r"^(\S+)\s+: ok=\d+\s+changed=(\d+).*failed=(\d+)", printed, re.MULTILINE)
+    return {host: (int(changed), int(failed)) for host, changed, failed in lines}
+
+
+def test_check_then_make_then_nothing(run: Run) -> None:
+    printed = run({}, "--check", "--diff")
+    assert counts(printed) == {"web1": (1, 0), "web2": (1, 0)}
+    assert "+      knocks: 4" in printed
+    assert not run.ring.exists()
+
+    printed = run({"length": 5, "protocols": ["tcp", "udp"], "ports_in_use": ["22/tcp", 8080]}, "--diff", "-vvvvv")
+    assert counts(printed) == {"web1": (1, 0), "web2": (1, 0)}
+    assert printed.count("knock_keyring is new, with the id") == 1
+    for host in ("web1", "web2"):
+        secrets = run.view(host)
+        ports = re.findall(r"- (\d+)/", secrets)
+        assert len(ports) == 5
+        assert not re.search(rf"\b({'|'.join(ports)})\b", printed)
+        assert re.findall(r"seed: '?(\w{64})", secrets)[0] not in printed
+
+    assert counts(run({"length": 5})) == {"web1": (0, 0), "web2": (0, 0)}
+
+
+def test_without_a_vault_secret(run: Run) -> None:
+    printed = run({}, vaulted=False)
+    assert counts(printed) == {"web1": (0, 1), "web2": (0, 1)}
+    assert f"The keyring {run.ring}: expected a vault secret to encrypt it with; got none." in printed
+    assert not run.ring.exists()
+
+    printed = run({}, vaulted=False, KNOCK_KEYRING_PLAINTEXT="true")
+    assert counts(printed) == {"web1": (1, 0), "web2": (1, 0)}
+    assert (run.ring / "web1.yml").read_text().startswith("format: 1\n")
+
+
+def test_a_bad_given_sequence_is_not_printed(run: Run) -> None:
+    given = {"default": ["48397/tcp", "48399/tcp", "4839x"]}
+    printed = run({"sequences": given}, "--limit", "web1", "-vvv")
+    assert "knock_server_sequences, operator default: expected port/protocol, a port from 1 to 65535" in printed
+    assert "4839" not in printed
+    assert not run.ring.exists()
+
+
+def test_a_newer_list_of_nmaps(run: Run) -> None:
+    (run.folder / "services").write_text("alpha\t48397/tcp\t0.1\n")
+    given = {"default": ["48397/tcp", "60013/tcp", "48411/tcp"]}
+    printed = run({"sequences": given, "nmap_services": "services"}, "--limit", "web1")
+    assert "expected no port that nmap's list of services names, since every scan tries those first; knock 1" in printed
+    printed = run({"sequences": given, "nmap_services": "nowhere"}, "--limit", "web1")
+    assert "knock_server_nmap_services: expected a file on the controller that this user can read; got " in printed
+    assert "nowhere: No such file or directory." in printed
+
+
+def test_a_gate_of_another_keyring(run: Run) -> None:
+    state = {"present": True, "keyring": "other", "generation": 7}
+    printed = run({"host_state": state}, "--limit", "web1")
+    assert "expected the keyring other, from which the gate of web1 came; got a new one." in printed
+    assert not run.ring.exists()
+    assert counts(run({"host_state": state, "adopt": True}, "--limit", "web1")) == {"web1": (1, 0)}
+    assert "\ngeneration: 8\n" in run.view("web1")
+
+
+def test_removed_live_again_and_purged(run: Run) -> None:
+    states = [{}, {"state": "promoted"}, {"state": "removed"}, {"state": "removed"}]
+    assert counts(run(states, "--limit", "web1")) == {"web1": (2, 0)}
+    removed = run.view("web1")
+    assert "removed: true" in removed
+    assert counts(run({}, "--limit", "web1")) == {"web1": (1, 0)}
+    assert run.view("web1") == removed.replace("removed: true", "removed: false").replace(
+        "\ngeneration: 1\n", "\ngeneration: 2\n"
+    )
+    assert counts(run({"state": "absent"}, "--limit", "web1", "--check")) == {"web1": (1, 0)}
+    assert (run.ring / "web1.yml").exists()
+    states = [{"state": "absent"}, {"state": "absent"}, {"state": "promoted"}]
+    printed = run(states, "--limit", "web1")
+    assert counts(printed) == {"web1": (1, 1)}
+    assert not (run.ring / "web1.yml").exists()
+    assert f"The keyring {run.ring}: expected an entry for web1; got none." in printed
+
+
+def test_a_keyring_inside_an_inventory_folder(run: Run) -> None:
+    (run.folder / "sources").mkdir()
+    (run.folder / "sources" / "hosts").write_text("web1\n")
+    run.ring = run.folder / "sources" / "knock_keyring"
+    printed = run({}, inventory="sources")
+    assert f"The keyring {run.ring} lies inside the inventory source" in printed
+    assert run.ring.exists()
+
+
+def test_without_an_inventory_folder(run: Run) -> None:
+    printed = run({}, inventory="web1,")
+    assert "knock_keyring_dir: expected a folder, since the host's inventory has none; got nothing." in printed

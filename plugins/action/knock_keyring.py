@@ -60,7 +60,8 @@ class ActionModule(ActionBase):
             keyring = open_keyring(keyring_options(variables, self._templar))
             result.update(self._act(keyring, host, arguments))
         except PortknockError as exc:
-            raise AnsibleActionFail(str(exc)) from exc
+            # Core appends the text of each cause to the message: it would say everything twice.
+            raise AnsibleActionFail(str(exc)) from None
         for source in variables.get("ansible_inventory_sources") or []:
             if os.path.isdir(source) and keyring.directory.is_relative_to(os.path.abspath(source)):
                 self._display.warning(

@@ -126,8 +126,8 @@ def test_a_newer_list_of_nmaps(run: Run) -> None:
     printed = run({"sequences": given, "nmap_services": "services"}, "--limit", "web1")
     assert "expected no port that nmap's list of services names, since every scan tries those first; knock 1" in printed
     printed = run({"sequences": given, "nmap_services": "nowhere"}, "--limit", "web1")
-    assert "knock_server_nmap_services: expected a file on the controller that this user can read; got " in printed
-    assert "nowhere: No such file or directory." in printed
+    says = "knock_server_nmap_services: expected a file on the controller that this user can read; got nowhere: "
+    assert f'"msg": "{says}No such file or directory."' in printed
 
 
 def test_a_gate_of_another_keyring(run: Run) -> None:

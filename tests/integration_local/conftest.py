@@ -185,6 +185,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     (folder / "sshd_config").write_text(
         f"Port {PORT}\nHostKey {folder}/host_key\nAuthorizedKeysFile {lab.key}.pub\nStrictModes no\nUsePAM no\n"
         f"PermitRootLogin yes\nPidFile none\nMaxStartups 200\nSubsystem sftp internal-sftp\n"
+        # Whatever root's own shell does at its start is not what is tried here.
+        f"SetEnv HOME={folder}\n"
     )
     with contextlib.ExitStack() as cleaning:
         run("ip", "netns", "add", namespace)

@@ -442,6 +442,19 @@ def test_a_change_is_made_again_where_another_writer_came_between(folder: Path) 
     assert seen == [1, 2]
 
 
+def test_two_founders_end_with_one_keyring(tmp_path: Path) -> None:
+    ring, rival = keyring(tmp_path / "ring"), keyring(tmp_path / "ring")
+
+    def change(kept: HostSecrets | None) -> HostSecrets:
+        rival.update("web2", made(rival, "web2"))
+        return made(ring)(kept)
+
+    secrets, _changed = ring.update("web1", change)
+    assert (rival.founded, ring.founded) == (True, False)
+    assert secrets.keyring_id == rival.id == ring.id
+    assert keyring(tmp_path / "ring").load("web1") == secrets
+
+
 WRITER = """
 import sys
 from dataclasses import replace

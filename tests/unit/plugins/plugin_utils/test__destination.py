@@ -1,0 +1,123 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Asking ssh where it would go: the real ssh, with configuration files of the test's own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import (
+    Destination,
+    locate,
+    read_configuration,
+    ssh_arguments,
+)
+
+needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="no ssh here")
+
+CONFIG = """
+Host shop
+  HostName 192.0.2.10
+  Port 2222
+  AddressFamily inet
+  BindAddress 192.0.2.99
+  ControlPath /tmp/%h-%p
+Host far
+  ProxyJump bastion
+Host piped
+  ProxyCommand nc %h %p
+Host direct
+  ProxyCommand none
+  ProxyJump none
+  ControlPath none
+"""
+
+
+def where(tmp_path: Path, *arguments: str) -> Destination:
+    (tmp_path / "config").write_text(CONFIG)
+    *options, host = arguments
+    return locate("ssh", ["-F", str(tmp_path / "config"), *options], host, 20)
+
+
+@needs_ssh
+def test_an_alias(tmp_path: Path) -> None:
+    assert where(tmp_path, "shop") == Destination(
+        "192.0.2.10", 2222, "inet", False, "192.0.2.99", "/tmp/192.0.2.10-2222"
+    )
+
+
+@needs_ssh
+@pytest.mark.parametrize(
+    ("arguments", "proxied"),
+    [
+        (("far",), True),
+        (("piped",), True),
+        (("direct",), False),
+        (("192.0.2.1",), False),
+        (("-J", "bastion", "192.0.2.1"), True),
+        (("-o", "ProxyCommand=nc %h %p", "192.0.2.1"), True),
+    ],
+)
+def test_proxies(tmp_path: Path, arguments: tuple[str, ...], proxied: bool) -> None:
+    assert where(tmp_path, *arguments).proxied is proxied
+
+
+@needs_ssh
+def test_the_command_line_comes_first(tmp_path: Path) -> None:
+    seen = where(tmp_path, "-6", "-tt", "-o", "Port=2022", "-o", "ControlPath=none", "shop")
+    assert (seen.port, seen.family, seen.control_path) == (2022, "inet6", None)
+
+
+@needs_ssh
+def test_a_host_is_never_an_option(tmp_path: Path) -> None:
+    # ssh itself may refuse such a name; what counts is that it isn't read as an option.
+    marker = tmp_path / "ran"
+    try:
+        where(tmp_path, f"-oProxyCommand=touch {marker}")
+    except PortknockError as exc:
+        assert "hostname contains invalid characters" in str(exc)
+    assert not marker.exists()
+
+
+@needs_ssh
+def test_what_ssh_refuses(tmp_path: Path) -> None:
+    with pytest.raises(PortknockError, match=r"\Assh_executable: expected 'ssh' to answer -G; got '.+'\.\Z"):
+        where(tmp_path, "-o", "NoSuchOption=1", "shop")
+
+
+def test_no_such_program() -> None:
+    with pytest.raises(PortknockError, match=r"expected '/nonexistent/ssh' to answer -G; got .*No such file"):
+        locate("/nonexistent/ssh", [], "shop", 20)
+
+
+@pytest.mark.parametrize("text", ["", "hostname shop\n", "port 22\n", "hostname shop\nport ssh\n"])
+def test_foreign_output(text: str) -> None:
+    with pytest.raises(PortknockError, match=r"expected hostname, port and addressfamily from -G; got something else"):
+        read_configuration(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ({}, []),
+        (
+            {
+                "ssh_args": "-o ControlPersist=60s",
+                "port": 2222,
+                "remote_user": "admin",
+                "ssh_common_args": '-o "ProxyCommand=nc %h %p"',
+                "ssh_extra_args": "-4",
+            },
+            [
+                *("-o", "ControlPersist=60s", "-o", "Port=2222", "-o", 'User="admin"'),
+                *("-o", "ProxyCommand=nc %h %p", "-4"),
+            ],
+        ),
+    ],
+)
+def test_arguments_in_the_order_of_core(options: dict[str, Any], arguments: list[str]) -> None:
+    assert ssh_arguments(options.get) == arguments

@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
-import conftest as acc
 import pytest
-from conftest import Lab
+
+from . import conftest as acc
+from .conftest import Lab
 
 NO_PERSIST = "-F none -o ControlMaster=no -o UserKnownHostsFile=/dev/null"
 

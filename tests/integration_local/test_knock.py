@@ -7,17 +7,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import conftest as acc
 import pytest
-from conftest import Lab, Outcome
+
+from . import conftest as acc
+from .conftest import Lab, Outcome
 
 
-def knock(lab: Lab, *arguments: str, connection: str = "fleet.portknock.knock_ssh", **options: object) -> Outcome:
+def knock(lab: Lab, *, connection: str = "fleet.portknock.knock_ssh", **options: Any) -> Outcome:
+    arguments: tuple[str, ...] = ()
     if "knocks" in options:
         # By a variable: Ansible itself shows the text of a task that fails.
         (lab.folder / "vars.json").write_text(json.dumps({"by_hand": options["knocks"]}))
         options["knocks"] = "{{ by_hand }}"
-        arguments = (*arguments, "-e", "@vars.json")
+        arguments = ("-e", "@vars.json")
     task = json.dumps([{"fleet.portknock.knock": options, "register": "seen"}, {"debug": {"var": "seen"}}])
     head = f"- hosts: web1\n  gather_facts: false\n  vars: {{ansible_connection: {connection}}}\n  tasks: {task}\n"
     return lab.play(head, "-vvv", *arguments, ANSIBLE_CALLBACK_RESULT_FORMAT="json")
@@ -87,7 +89,7 @@ def test_knocks_given_by_hand(lab: Lab) -> None:
         ({"host": "no..name"}, "host: expected a name or an address that resolves; got 'no..name': "),
     ],
 )
-def test_says_what_is_wrong(lab: Lab, options: dict[str, object], message: str) -> None:
+def test_says_what_is_wrong(lab: Lab, options: dict[str, Any], message: str) -> None:
     outcome = knock(lab, **options)
     assert outcome.code == 2
     assert message in outcome.output

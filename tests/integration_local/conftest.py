@@ -47,6 +47,7 @@ table inet gate {{
   set open6 {{ type ipv6_addr; flags dynamic,timeout; timeout 30s; size 1024; }}
   counter knocks {{ }}
   counter connections {{ }}
+  counter stale {{ }}
   chain input {{
     type filter hook input priority 0; policy accept;
     {extra}

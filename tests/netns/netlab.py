@@ -1,0 +1,399 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A host with the role's own gate, and a client, in two network namespaces joined by a pair of interfaces.
+
+Everything runs in this process: a socket stays in the namespace in which it was made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import select
+import shlex
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import jinja2
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import build_model, settings_from
+from ansible_collections.fleet.portknock.plugins.module_utils._nft import TABLE, read_listing, replace_transaction
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Ether
+from scapy.packet import Packet
+
+TEMPLATES = Path(__file__).resolve().parents[2] / "roles/knock_server/templates/nftables"
+# Another release's nft can be tried: a command that runs it in the network namespace that it is started in.
+NFT = shlex.split(os.environ.get("PORTKNOCK_TEST_NFT", "nft"))
+PREFIX = f"fpk{os.getpid() % 100000}"
+SEED = bytes(range(32))
+SEQUENCE = (Knock(48396, "tcp"), Knock(39508, "udp"), Knock(30222, "tcp"))
+HOST4, HOST6 = "192.0.2.1", "2001:db8::1"
+CLIENT4, CLIENT6 = "192.0.2.2", "2001:db8::2"
+SSH, WIREGUARD, PUBLISHED = 22, 51820, 2222
+BANNER = b"SSH-2.0-test\r\n"
+# How long a test waits before it calls a silence one; everything happens on one machine.
+SILENCE = 1.0
+
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def command(*argv: str, given: Optional[str] = None) -> str:
+    """Run a command; its error output is the test's failure."""
+    done = subprocess.run(argv, input=given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(argv)}: {done.stderr}"
+    return done.stdout
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Poll until something holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"Not within {seconds} s: {what}."
+        time.sleep(0.01)
+
+
+class Namespace:
+    """One network namespace."""
+
+    def __init__(self, name: str) -> None:
+        self.name = f"{PREFIX}-{name}"
+        command("ip", "netns", "add", self.name)
+        self.ip("link", "set", "lo", "up")
+
+    def ip(self, *arguments: str) -> str:
+        return command("ip", "-n", self.name, *arguments)
+
+    def run(self, *argv: str, given: Optional[str] = None) -> str:
+        return command("ip", "netns", "exec", self.name, *argv, given=given)
+
+    def nft(self, text: str) -> None:
+        self.run(*NFT, "-f", "-", given=text)
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """What this thread makes in here belongs to the namespace."""
+        with open("/proc/thread-self/ns/net") as here, open(f"/run/netns/{self.name}") as there:
+            assert _libc.setns(there.fileno(), _CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+            try:
+                yield
+            finally:
+                _libc.setns(here.fileno(), _CLONE_NEWNET)
+
+    def socket(self, *arguments: int) -> socket.socket:
+        with self.inside():
+            return socket.socket(*arguments)
+
+    def mac(self, interface: str) -> str:
+        return json.loads(self.ip("-j", "link", "show", interface))[0]["address"]
+
+    def remove(self) -> None:
+        subprocess.run(["ip", "netns", "del", self.name], capture_output=True, check=False)
+
+
+class Service:
+    """Answers on one port of a namespace: tcp with a banner and then an echo, udp with an echo."""
+
+    def __init__(self, where: Namespace, port: int, proto: str) -> None:
+        self._tcp = proto == "tcp"
+        self._socket = where.socket(socket.AF_INET6, socket.SOCK_STREAM if self._tcp else socket.SOCK_DGRAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("::", port))
+        if self._tcp:
+            self._socket.listen(1024)
+        self._sessions: list[socket.socket] = []
+        self._wake, self._stopper = socket.socketpair()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._wake, self._socket, *self._sessions], [], [])
+            if self._wake in ready:
+                return
+            for one in ready:
+                with contextlib.suppress(OSError):
+                    self._answer(one)
+
+    def _answer(self, one: socket.socket) -> None:
+        if one is not self._socket:
+            data = b""
+            with contextlib.suppress(OSError):
+                data = one.recv(4096)
+            if data:
+                one.sendall(data)
+            else:
+                self._sessions.remove(one)
+                one.close()
+        elif self._tcp:
+            session, _ = one.accept()
+            session.sendall(BANNER)
+            self._sessions.append(session)
+        else:
+            data, peer = one.recvfrom(4096)
+            one.sendto(data, peer)
+
+    def stop(self) -> None:
+        self._stopper.send(b"x")
+        self._thread.join()
+        for one in (*self._sessions, self._socket, self._wake, self._stopper):
+            one.close()
+
+
+class Wire:
+    """Raw frames between the client's end of a pair and the host."""
+
+    def __init__(self, client: Namespace, interface: str, host_mac: str) -> None:
+        self._ethernet = Ether(src=client.mac(interface), dst=host_mac)
+        with client.inside():
+            self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+            self.socket.bind((interface, 0))
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 24)
+
+    def frame(self, packet: Packet) -> bytes:
+        return bytes(self._ethernet / packet)
+
+    def send(self, packet: Packet) -> None:
+        self.socket.send(self.frame(packet))
+
+    def drain(self) -> None:
+        self.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.socket.recv(65536)
+
+    def received(self, seconds: float, enough: Callable[[list[Packet]], bool]) -> list[Packet]:
+        """Packets that came from the host, until there are enough or the time is over."""
+        packets: list[Packet] = []
+        end = time.monotonic() + seconds
+        while not enough(packets):
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([self.socket], [], [], left)[0]:
+                break
+            data, address = self.socket.recvfrom(65536)
+            if address[2] != socket.PACKET_OUTGOING:
+                packets.append(Ether(data).payload)
+        return packets
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Lab:
+    """The host, the client and what a test does with them."""
+
+    def __init__(self) -> None:
+        self.host = Namespace("h")
+        self.client = Namespace("c")
+        self._namespaces = [self.host, self.client]
+        self.link("h0", "c0", self.client)
+        self.host.ip("addr", "add", f"{HOST4}/24", "dev", "h0")
+        self.host.ip("addr", "add", f"{HOST6}/48", "dev", "h0", "nodad")
+        self.client.ip("addr", "add", f"{CLIENT4}/24", "dev", "c0")
+        self.client.ip("addr", "add", f"{CLIENT6}/48", "dev", "c0", "nodad")
+        self.wire = Wire(self.client, "c0", self.host.mac("h0"))
+        self._services: list[Service] = []
+        self._sockets: list[socket.socket] = []
+        self._fresh = itertools.count(10)
+        self._source_port = itertools.count(20000)
+        self.text = ""
+
+    def link(self, at_host: str, at_peer: str, peer: Namespace) -> None:
+        """Join the host and another namespace."""
+        command(
+            *("ip", "link", "add", at_host, "netns", self.host.name, "type", "veth"),
+            *("peer", "name", at_peer, "netns", peer.name),
+        )
+        for where, interface in ((self.host, at_host), (peer, at_peer)):
+            # No waiting for duplicate addresses: nobody else is on this wire.
+            where.run("sysctl", "-qw", f"net.ipv6.conf.{interface}.accept_dad=0")
+            where.ip("link", "set", interface, "up")
+
+    def namespace(self, name: str) -> Namespace:
+        self._namespaces.append(Namespace(name))
+        return self._namespaces[-1]
+
+    def close(self) -> None:
+        for one in self._sockets:
+            one.close()
+        for service in self._services:
+            service.stop()
+        self.wire.close()
+        for where in self._namespaces:
+            where.remove()
+
+    # What the host has.
+
+    def serve(self, port: int = SSH, proto: str = "tcp", where: Optional[Namespace] = None) -> None:
+        self._services.append(Service(where or self.host, port, proto))
+
+    def render(
+        self,
+        sequences: Optional[Mapping[str, Sequence[Sequence[Knock]]]] = None,
+        template: str = "gate",
+        probe: Optional[Mapping[str, object]] = None,
+        avoid: frozenset[int] = frozenset(),
+        **options: object,
+    ) -> tuple[str, dict[str, Any]]:
+        """The role's template with a real model, and the model."""
+        settings = settings_from({"protected_ports": ["22/tcp", "51820/udp"], "tripwires": 200, **options})
+        model = build_model(
+            settings, sequences or {"default": [SEQUENCE]}, SEED, avoid, probe or {"socket_wildcard": True}
+        )
+        environment = jinja2.Environment(
+            trim_blocks=True,
+            keep_trailing_newline=True,
+            undefined=jinja2.StrictUndefined,
+            autoescape=False,  # noqa: S701
+        )
+        text = (TEMPLATES / f"{template}.nft.j2").read_text()
+        return environment.from_string(text).render(gate=model), model
+
+    def gate(self, **options: Any) -> dict[str, Any]:
+        """Load the gate as the module does; returns the model."""
+        self.text, model = self.render(**options)
+        self.host.nft(replace_transaction(self.text, self.listing()))
+        return model
+
+    def listing(self) -> Optional[dict[str, Any]]:
+        done = subprocess.run(
+            ["ip", "netns", "exec", self.host.name, *NFT, "-j", "list", "table", "inet", TABLE],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return read_listing(done.stdout) if done.returncode == 0 else None
+
+    def elements(self, name: str) -> list[str]:
+        """The elements of a set or map, as text without their timeouts."""
+        for entry in (self.listing() or {})["nftables"]:
+            for kind in ("set", "map"):
+                if entry.get(kind, {}).get("name") == name:
+                    return [json.dumps(element) for element in entry[kind].get("elem", ())]
+        raise AssertionError(f"No set {name}.")
+
+    def count(self, name: str) -> int:
+        return len(self.elements(name))
+
+    def policy(self, rules: str, policy: str = "drop") -> None:
+        """A firewall of the host's own, as administrators write them."""
+        self.host.nft(
+            "table inet filter\ndelete table inet filter\n"
+            f"table inet filter {{ chain input {{ type filter hook input priority 0; policy {policy};\n{rules}\n}}\n}}\n"
+        )
+
+    # What the client does.
+
+    def source(self, family: int = 4) -> str:
+        """An address of the client that has not been used yet."""
+        number = next(self._fresh)
+        address = f"192.0.2.{number}" if family == 4 else f"2001:db8:0:{number:x}::2"
+        self.client.ip("addr", "add", f"{address}/{24 if family == 4 else 48}", "dev", "c0", *(("nodad",) if family == 6 else ()))
+        return address
+
+    def host_of(self, source: str) -> str:
+        return HOST6 if ":" in source else HOST4
+
+    def source_port(self) -> int:
+        return next(self._source_port)
+
+    def dial(self, source: str, proto: str, sport: int = 0) -> socket.socket:
+        family = socket.AF_INET6 if ":" in source else socket.AF_INET
+        one = self.client.socket(family, socket.SOCK_STREAM if proto == "tcp" else socket.SOCK_DGRAM)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        one.bind((source, sport))
+        self._sockets.append(one)
+        return one
+
+    def touch(self, source: str, *knocks: Knock, host: Optional[str] = None) -> None:
+        """One packet to each port, back to back."""
+        for knock in knocks:
+            one = self.dial(source, knock.proto)
+            one.setblocking(False)
+            one.connect_ex((host or self.host_of(source), knock.port))
+            if knock.proto == "udp":
+                with contextlib.suppress(OSError):
+                    one.send(b"")
+            one.close()
+
+    def knock(self, source: str, host: Optional[str] = None) -> None:
+        self.touch(source, *SEQUENCE, host=host)
+
+    def connect(
+        self, source: str, port: int = SSH, sport: int = 0, host: Optional[str] = None, seconds: float = SILENCE
+    ) -> tuple[str, socket.socket]:
+        """Try a TCP connection: open, reset or silent, and its socket."""
+        one = self.dial(source, "tcp", sport)
+        one.settimeout(seconds)
+        try:
+            one.connect((host or self.host_of(source), port))
+            assert one.recv(100) == BANNER
+        except ConnectionRefusedError:
+            return "reset", one
+        except OSError:
+            one.close()
+            return "silent", one
+        return "open", one
+
+    def look(self, source: str, port: int = SSH, **options: Any) -> str:
+        """Try a TCP connection and drop it: open, reset or silent."""
+        state, one = self.connect(source, port, **options)
+        one.close()
+        return state
+
+    def ask(self, source: str, port: int = WIREGUARD, sport: int = 0, host: Optional[str] = None) -> str:
+        """Send a datagram: answered, refused or silent."""
+        one = self.dial(source, "udp", sport)
+        one.settimeout(SILENCE)
+        try:
+            one.connect((host or self.host_of(source), port))
+            one.send(b"hello")
+            one.recv(100)
+        except ConnectionRefusedError:
+            return "refused"
+        except OSError:
+            return "silent"
+        finally:
+            one.close()
+        return "answered"
+
+    def flood(self, first: int, count: int, port: int, proto: str, sources: str = "10.0.0.0") -> None:
+        """Packets to one port from that many spoofed IPv4 sources, as fast as this machine sends them."""
+        base = struct.unpack("!I", socket.inet_aton(sources))[0] + first
+        layer = TCP(sport=1025, dport=port, flags="S") if proto == "tcp" else UDP(sport=1025, dport=port, chksum=0)
+        frame = bytearray(self.wire.frame(IP(src=sources, dst=HOST4, flags=0) / layer))
+        header = sum(struct.unpack_from("!10H", frame, 14)) - struct.unpack_from("!H", frame, 24)[0]
+        header -= sum(struct.unpack_from("!2H", frame, 26))
+        length = len(frame) - 34
+        rest = bytes(frame[38:50] if proto == "tcp" else b"")
+        for address in range(base, base + count):
+            high, low = address >> 16, address & 0xFFFF
+            struct.pack_into("!HH", frame, 26, high, low)
+            struct.pack_into("!H", frame, 24, _fold(header + high + low))
+            if proto == "tcp":
+                pseudo = high + low + sum(struct.unpack_from("!2H", frame, 30)) + 6 + length
+                pseudo += 1025 + port + sum(struct.unpack("!6H", rest))
+                struct.pack_into("!H", frame, 50, _fold(pseudo))
+            self.wire.socket.send(frame)
+
+
+def _fold(total: int) -> int:
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total ^ 0xFFFF
+
+
+def network(source: str, target: str) -> Packet:
+    """The network header between two addresses."""
+    return IPv6(src=source, dst=target) if ":" in source else IP(src=source, dst=target)

@@ -45,7 +45,7 @@ class ActionModule(ActionBase):
         try:
             result.update(self._knock(arguments, self._ssh(task_vars or {})))
         except PortknockError as exc:
-            raise AnsibleActionFail(str(exc)) from exc
+            raise AnsibleActionFail(str(exc)) from None
         return result
 
     def _ssh(self, task_vars: dict[str, Any]) -> Connection:

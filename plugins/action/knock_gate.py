@@ -21,7 +21,13 @@ from ansible_collections.fleet.portknock.plugins.module_utils._phases import is_
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination
 from ansible_collections.fleet.portknock.plugins.plugin_utils._gate_texts import gate_texts, throwaway_secrets
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import keyring_options, open_keyring
-from ansible_collections.fleet.portknock.plugins.plugin_utils._proof import prove, prove_removed, subject_of
+from ansible_collections.fleet.portknock.plugins.plugin_utils._proof import (
+    further_addresses,
+    prove,
+    prove_removed,
+    sources_towards,
+    subject_of,
+)
 
 display = Display()
 
@@ -65,7 +71,7 @@ class ActionModule(ActionBase):
                     "knock_keyring makes it."
                 )
             entry = throwaway_secrets(host, operators, settings, found)
-        payload = {
+        payload: dict[str, Any] = {
             "run": self._run_id,
             "seconds": self._seconds(),
             "trusted": [*settings.trusted4, *settings.trusted6],
@@ -74,12 +80,15 @@ class ActionModule(ActionBase):
         if not self._task.check_mode:
             destination = self._destination()
             self._check_way_in(settings, destination, found)
+            addresses = self._addresses(destination)
+            others = further_addresses(addresses, found["ipv6_addresses"])
+            payload["sources"] = sources_towards([*addresses, *others])
         outcome = self._phase("apply", payload)
         if outcome.get("failed") or not outcome.get("on_trial"):
             return outcome
         knocks = entry.wanted(operators)[operators[0]][0]
         try:
-            proof = prove(subject_of(settings, self._addresses(destination), outcome, self._timeout()), knocks)
+            proof = prove(subject_of(settings, addresses, others, outcome, self._timeout()), knocks)
         except PortknockError as exc:
             return self._rolled_back(payload, str(exc))
         confirmed = self._confirm(payload)
@@ -211,5 +220,5 @@ class ActionModule(ActionBase):
 
     @staticmethod
     def _shown(outcome: dict[str, Any]) -> dict[str, Any]:
-        internal = ("on_trial", "source", "source_trusted", "ipv6_addresses", "ports_in_use")
+        internal = ("on_trial", "source_trusted", "ports_in_use")
         return {key: value for key, value in outcome.items() if key not in internal}

@@ -221,7 +221,7 @@ class Connection(CoreConnection):
             secrets = self.host_secrets()
             candidates = secrets.candidates(self.get_option("knock_operator")) if secrets else []
         except PortknockError as exc:
-            raise AnsibleError(str(exc)) from exc
+            raise AnsibleError(str(exc)) from None
         if secrets is None or not candidates:
             return None
         try:

@@ -186,6 +186,9 @@ def _choice(options: Mapping[str, object], key: str, choices: Sequence[str]) -> 
 
 def _number(options: Mapping[str, object], key: str, lowest: int, highest: int, unit: str = "") -> int:
     value = options.get(key, getattr(GateSettings, key))
+    # -e key=value on the command line gives text.
+    if isinstance(value, str) and value.isascii() and value.isdecimal():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
         raise PortknockError(
             f"{_OPTION}{key}: expected a whole number{unit} from {lowest} to {highest}; got {value!r}."

@@ -10,7 +10,11 @@ from typing import Any, Optional
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import back_end
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._host import GateHost
-from ansible_collections.fleet.portknock.plugins.module_utils._procnet import ports_in_use, ssh_peer
+from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
+    global_ipv6_addresses,
+    ports_in_use,
+    ssh_peer,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner, read_text
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
 
@@ -50,7 +54,7 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
             "loaded": found.listing is not None,
             "on_trial": host.trial.pending() is not None,
             "backend": found.state.get("backend"),
-            "keyring_id": found.state.get("keyring"),
+            "keyring": found.state.get("keyring"),
             "generation": found.state.get("generation", 0),
         },
         "backend": {
@@ -62,6 +66,7 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
         },
         "init": "systemd" if os.path.isdir("/run/systemd/system") else _name_of_init(),
         "ports_in_use": [str(knock) for knock in ports_in_use()],
+        "ipv6_addresses": global_ipv6_addresses(),
         "firewalls": _firewalls(),
         "ssh_source": peer.address if peer else None,
         "conntrack": {

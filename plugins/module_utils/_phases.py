@@ -7,10 +7,10 @@ from __future__ import annotations
 import ipaddress
 from typing import Any, Mapping, Optional, Sequence
 
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import back_end
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import Nftables, back_end
 from ansible_collections.fleet.portknock.plugins.module_utils._host import Difference, Found, GateHost, Wanted
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
-    global_ipv6_addresses,
+    Peer,
     ports_in_use,
     ssh_peer,
 )
@@ -30,8 +30,8 @@ def run_phase(
 ) -> dict[str, Any]:
     """Do one phase.
 
-    :param payload: ``run`` (id), ``seconds`` (of the trial), ``trusted`` (CIDRs), and for a wanted gate the fields of
-        :class:`Wanted`.
+    :param payload: ``run`` (id), ``seconds`` (of the trial), and for a wanted gate ``trusted`` (CIDRs), ``sources``
+        (addresses that the proof will look from) and ``wanted`` (the fields of :class:`Wanted`).
     :param pid: a process of the ssh connection that this came through.
     :returns: the module's result.
     :raises PortknockError: with nothing changed, or with the way back armed.
@@ -54,30 +54,41 @@ def run_phase(
 
     if check_mode:
         return _plan(host, wanted, host.inspect())
-    with host.trial.turn(identity):
-        found = host.inspect()
-        result = _plan(host, wanted, found)
-        if not result["changed"]:
-            if wanted is None:
-                host.forget()
-            return result
-        seconds = int(payload["seconds"])
-        peer = ssh_peer(pid)
-        if wanted is not None:
-            host.apply(wanted, found, identity, seconds)
-            # The proof begins with a source that has not knocked.
-            if peer is not None:
-                enforcer.close_window(peer)
-        else:
-            host.take_away(found, identity, seconds)
-        result.update(
-            on_trial=True,
-            source=peer.address if peer else None,
-            source_trusted=is_trusted(peer.address if peer else None, payload.get("trusted", ())),
-            ipv6_addresses=global_ipv6_addresses(),
-            ports_in_use=[str(knock) for knock in ports_in_use()],
-        )
+    try:
+        with host.trial.turn(identity):
+            return _begin(host, enforcer, wanted, payload, pid)
+    except BaseException:
+        # Whatever went wrong after the way back was armed, it need not wait for the timer.
+        host.trial.restore()
+        raise
+
+
+def _begin(
+    host: GateHost, enforcer: Nftables, wanted: Optional[Wanted], payload: Mapping[str, Any], pid: int
+) -> dict[str, Any]:
+    found = host.inspect()
+    result = _plan(host, wanted, found)
+    if not result["changed"]:
+        if wanted is None:
+            host.forget()
         return result
+    identity, seconds = str(payload["run"]), int(payload["seconds"])
+    peer = ssh_peer(pid)
+    if wanted is not None:
+        host.apply(wanted, found, identity, seconds)
+        # The proof begins with sources that have not knocked.
+        for source in payload["sources"]:
+            enforcer.close_window(Peer(source, None))
+        if peer is not None:
+            enforcer.close_window(peer)
+    else:
+        host.take_away(found, identity, seconds)
+    result.update(
+        on_trial=True,
+        source_trusted=is_trusted(peer.address if peer else None, payload.get("trusted", ())),
+        ports_in_use=[str(knock) for knock in ports_in_use()],
+    )
+    return result
 
 
 def is_trusted(address: Optional[str], trusted: Sequence[str]) -> bool:

@@ -1,5 +1,6 @@
 #!/usr/bin/python
 # Copyright (c) 2026, fleet.portknock contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ EXAMPLES = r"""
 
 - name: Say whose secrets the gate was made of
   ansible.builtin.debug:
-    msg: "keyring {{ found.gate.keyring_id }}, generation {{ found.gate.generation }}"
+    msg: "keyring {{ found.gate.keyring }}, generation {{ found.gate.generation }}"
   when: found.gate.present
 """
 
@@ -61,7 +62,7 @@ gate:
     backend:
       description: Back end of the confirmed gate; V(null) without one.
       type: str
-    keyring_id:
+    keyring:
       description: Id of the keyring whose secrets the gate was made of; V(null) without a gate.
       type: str
     generation:
@@ -94,6 +95,11 @@ init:
   type: str
 ports_in_use:
   description: Ports that services of the host wait on, as port/protocol.
+  returned: always
+  type: list
+  elements: str
+ipv6_addresses:
+  description: The host's global IPv6 addresses.
   returned: always
   type: list
   elements: str

@@ -71,22 +71,35 @@ class Proof:
         return {"closed": self.closed, "opened": self.opened, "notes": self.notes}
 
 
+def further_addresses(addresses: Sequence[Address], ipv6_addresses: Sequence[str]) -> list[Address]:
+    """The IPv6 addresses of a host beside those that lead to it."""
+    known = {address.host for address in addresses}
+    port = addresses[0].port
+    return [address for text in ipv6_addresses if text not in known for address in resolve(text, port, "inet6")]
+
+
+def sources_towards(addresses: Sequence[Address]) -> list[str]:
+    """The addresses that this machine's packets to these ones leave from, as far as there is a way; asking sends none."""
+    return sorted({source for address in addresses for source in [_local_address(address)] if source})
+
+
 def subject_of(
-    settings: GateSettings, addresses: Sequence[Address], host: Mapping[str, Any], timeout: float
+    settings: GateSettings,
+    addresses: Sequence[Address],
+    others: Sequence[Address],
+    host: Mapping[str, Any],
+    timeout: float,
 ) -> Subject:
     """The subject of a proof.
 
-    :param host: what the host said after the gate was loaded (``ipv6_addresses``, ``ports_in_use``, ``source_trusted``).
+    :param host: what the host said after the gate was loaded (``ports_in_use``, ``source_trusted``).
     """
     port = addresses[0].port
-    known = {address.host for address in addresses}
     in_use = parse_knocks(host["ports_in_use"], "ports_in_use")
     listening = [knock.port for knock in in_use if knock.proto == "tcp" and knock.port in settings.protected_tcp]
     return Subject(
         addresses=addresses,
-        others=[
-            address for text in host["ipv6_addresses"] if text not in known for address in resolve(text, port, "inet6")
-        ],
+        others=others,
         protected=[
             *(Knock(protected, "tcp") for protected in settings.protected_tcp),
             *(Knock(protected, "udp") for protected in settings.protected_udp),
@@ -233,13 +246,13 @@ def _names(addresses: Sequence[Address]) -> str:
 
 
 def _local_address(address: Address) -> str:
-    """The address that packets to the host leave from; asking sends none."""
+    """The address that packets to the host leave from, empty where there is no way to it."""
     with socket.socket(address.family, socket.SOCK_DGRAM) as sock:
         try:
             sock.connect(address.at(9).sockaddr)
         except OSError:
-            return "here"
+            return ""
         return str(sock.getsockname()[0])
 
 
-__all__ = ("Proof", "Subject", "prove", "prove_removed", "subject_of")
+__all__ = ("Proof", "Subject", "further_addresses", "prove", "prove_removed", "sources_towards", "subject_of")

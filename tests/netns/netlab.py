@@ -98,6 +98,13 @@ class Namespace:
     def mac(self, interface: str) -> str:
         return json.loads(self.ip("-j", "link", "show", interface))[0]["address"]
 
+    def address(self, text: str, port: int) -> tuple[Any, ...]:
+        """A socket address; a scope's name counts in this namespace."""
+        plain, _, interface = text.partition("%")
+        if not interface:
+            return plain, port
+        return plain, port, 0, json.loads(self.ip("-j", "link", "show", interface))[0]["ifindex"]
+
     def remove(self) -> None:
         subprocess.run(["ip", "netns", "del", self.name], capture_output=True, check=False)
 
@@ -205,7 +212,14 @@ class Lab:
         self.wire = Wire(self.client, "c0", self.host.mac("h0"))
         self._services: list[Service] = []
         self._sockets: list[socket.socket] = []
-        self._fresh = itertools.count(10)
+        # All of them now: an IPv6 address takes a moment until the kernel delivers to it.
+        self._fresh = {
+            4: [f"192.0.2.{number}" for number in range(10, 50)],
+            6: [f"2001:db8:0:{number:x}::2" for number in range(10, 50)],
+        }
+        lines = [f"addr add {address}/24 dev c0" for address in self._fresh[4]]
+        lines += [f"addr add {address}/48 dev c0 nodad" for address in self._fresh[6]]
+        command("ip", "-n", self.client.name, "-batch", "-", given="\n".join(lines))
         self._source_port = itertools.count(20000)
         self.text = ""
 
@@ -297,10 +311,7 @@ class Lab:
 
     def source(self, family: int = 4) -> str:
         """An address of the client that has not been used yet."""
-        number = next(self._fresh)
-        address = f"192.0.2.{number}" if family == 4 else f"2001:db8:0:{number:x}::2"
-        self.client.ip("addr", "add", f"{address}/{24 if family == 4 else 48}", "dev", "c0", *(("nodad",) if family == 6 else ()))
-        return address
+        return self._fresh[family].pop()
 
     def host_of(self, source: str) -> str:
         return HOST6 if ":" in source else HOST4
@@ -312,7 +323,7 @@ class Lab:
         family = socket.AF_INET6 if ":" in source else socket.AF_INET
         one = self.client.socket(family, socket.SOCK_STREAM if proto == "tcp" else socket.SOCK_DGRAM)
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        one.bind((source, sport))
+        one.bind(self.client.address(source, sport))
         self._sockets.append(one)
         return one
 
@@ -321,7 +332,7 @@ class Lab:
         for knock in knocks:
             one = self.dial(source, knock.proto)
             one.setblocking(False)
-            one.connect_ex((host or self.host_of(source), knock.port))
+            one.connect_ex(self.client.address(host or self.host_of(source), knock.port))
             if knock.proto == "udp":
                 with contextlib.suppress(OSError):
                     one.send(b"")
@@ -337,7 +348,7 @@ class Lab:
         one = self.dial(source, "tcp", sport)
         one.settimeout(seconds)
         try:
-            one.connect((host or self.host_of(source), port))
+            one.connect(self.client.address(host or self.host_of(source), port))
             assert one.recv(100) == BANNER
         except ConnectionRefusedError:
             return "reset", one
@@ -357,7 +368,7 @@ class Lab:
         one = self.dial(source, "udp", sport)
         one.settimeout(SILENCE)
         try:
-            one.connect((host or self.host_of(source), port))
+            one.connect(self.client.address(host or self.host_of(source), port))
             one.send(b"hello")
             one.recv(100)
         except ConnectionRefusedError:

@@ -14,12 +14,12 @@ from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure, AnsibleE
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, settings_from
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, loose_warning, settings_from
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import check_operators
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import Address, resolve
 from ansible_collections.fleet.portknock.plugins.module_utils._phases import is_trusted
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination
-from ansible_collections.fleet.portknock.plugins.plugin_utils._gate_texts import gate_texts, throwaway_secrets
+from ansible_collections.fleet.portknock.plugins.plugin_utils._gate_texts import gate_texts, with_throwaway_secrets
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import keyring_options, open_keyring
 from ansible_collections.fleet.portknock.plugins.plugin_utils._proof import (
     further_addresses,
@@ -64,13 +64,16 @@ class ActionModule(ActionBase):
         keyring = open_keyring(keyring_options(self._vars, self._templar))
         host = self._vars["inventory_hostname"]
         entry = keyring.load(host)
+        if self._task.check_mode:
+            entry = with_throwaway_secrets(entry, host, operators, settings, found)
         if entry is None:
-            if not self._task.check_mode:
-                raise PortknockError(
-                    f"knock_keyring_dir: expected an entry for {host} in {keyring.directory}; got none. "
-                    "knock_keyring makes it."
-                )
-            entry = throwaway_secrets(host, operators, settings, found)
+            raise PortknockError(
+                f"knock_keyring_dir: expected an entry for {host} in {keyring.directory}; got none. knock_keyring makes it."
+            )
+        knocks = entry.wanted(operators)[operators[0]][0]
+        warning = loose_warning(settings, len(knocks))
+        if warning:
+            display.warning(warning)
         payload: dict[str, Any] = {
             "run": self._run_id,
             "seconds": self._seconds(),
@@ -86,10 +89,9 @@ class ActionModule(ActionBase):
         outcome = self._phase("apply", payload)
         if outcome.get("failed") or not outcome.get("on_trial"):
             return outcome
-        knocks = entry.wanted(operators)[operators[0]][0]
         try:
             proof = prove(subject_of(settings, addresses, others, outcome, self._timeout()), knocks)
-        except PortknockError as exc:
+        except (PortknockError, OSError) as exc:
             return self._rolled_back(payload, str(exc))
         confirmed = self._confirm(payload)
         if confirmed is not None:
@@ -98,6 +100,11 @@ class ActionModule(ActionBase):
             keyring.promote(host)
         for note in proof.notes:
             display.warning(f"{host}: {note}")
+        if self._connection.ansible_name == _CONNECTION and not self._vars["hostvars"][host].get("ansible_connection"):
+            display.warning(
+                "Only plays that set their connection themselves get in now: add the line "
+                f"`ansible_connection: {_CONNECTION}` to the inventory, so that every play does."
+            )
         return self._shown(outcome) | {"proof": proof.as_result()}
 
     def _remove(self) -> dict[str, Any]:
@@ -108,7 +115,7 @@ class ActionModule(ActionBase):
         try:
             destination = self._destination()
             prove_removed(self._addresses(destination), destination.port, self._timeout())
-        except PortknockError as exc:
+        except (PortknockError, OSError) as exc:
             return self._rolled_back(payload, str(exc))
         return self._confirm(payload) or self._shown(outcome)
 

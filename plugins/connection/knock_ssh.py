@@ -97,7 +97,6 @@ from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import op
 display = Display()
 
 _CONTROL_PATH = re.compile(r'(?:-o)?controlpath[ =]+"?(?P<path>.*?)"?', re.IGNORECASE)
-_NOT_CONNECTED = "ssh: connect to host "
 _FRESH = (b"-o", b"ControlMaster=no", b"-o", b"ControlPath=none")
 
 
@@ -176,15 +175,16 @@ class Connection(CoreConnection):
             return super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
         # A password goes through a pipe that is made with the command and serves one run only.
         if not self.fresh and cmd[0] != b"sshpass" and self._knock_as_before(gate):
-            failure: AnsibleConnectionFailure | None = None
+            # What ssh itself says of this very port; only then did nothing run on the host that must not run twice.
+            refused = f"ssh: connect to host {gate.destination.host} port {gate.destination.port}: "
             try:
                 result = super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
             except AnsibleConnectionFailure as exc:
-                if _NOT_CONNECTED not in str(exc):
+                if refused not in str(exc):
                     raise
-                failure = exc
-            if failure is None and not (result[0] == 255 and _NOT_CONNECTED.encode() in result[2]):
-                return result
+            else:
+                if result[0] != 255 or result[1] or refused not in to_text(result[2]):
+                    return result
             self._remember(gate, None)
         if not self._knock(gate):
             # What knocking took is taken off, so that a host that is down costs no more time than with plain ssh.

@@ -39,14 +39,14 @@ def gate_texts(
     return {**render(templates, backend, gate), "keyring": entry.keyring_id, "generation": entry.generation}
 
 
-def throwaway_secrets(
-    host: str, operators: Sequence[str], settings: GateSettings, found: Mapping[str, Any]
+def with_throwaway_secrets(
+    entry: HostSecrets | None, host: str, operators: Sequence[str], settings: GateSettings, found: Mapping[str, Any]
 ) -> HostSecrets:
-    """Secrets for a check of a host that has none yet: nothing may be written then, and the rules need some."""
+    """The entry as a check needs it: with secrets for whoever has none yet, which are written nowhere."""
     in_use = parse_knocks(found["ports_in_use"], "ports_in_use")
     return plan_secrets(
-        None,
-        keyring_id=str(uuid.uuid4()),
+        entry,
+        keyring_id=entry.keyring_id if entry else str(uuid.uuid4()),
         host=host,
         operators=operators,
         now=datetime.now(tz=timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -55,4 +55,4 @@ def throwaway_secrets(
     ).secrets
 
 
-__all__ = ("gate_texts", "throwaway_secrets")
+__all__ = ("gate_texts", "with_throwaway_secrets")

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from . import conftest as acc
@@ -73,6 +75,17 @@ def test_a_knock_that_got_lost_is_made_good(lab: Lab) -> None:
     # Two runs of ssh by Ansible; one more by the connection, after the refused one.
     assert outcome.ssh_calls == 3
     assert not acc.SECRETS.search(outcome.output)
+
+
+def test_a_command_that_talks_like_ssh_runs_once(lab: Lab) -> None:
+    command = f"echo ran >> {lab.folder}/log; echo 'ssh: connect to host elsewhere port 22: refused' >&2; exit 255"
+    outcome = lab.play(
+        "- hosts: web1\n  gather_facts: false\n  tasks:\n    - raw: 'true'\n"
+        f"    - raw: {json.dumps(command)}\n      ignore_unreachable: true\n",
+        ANSIBLE_SSH_ARGS=NO_PERSIST,
+        ANSIBLE_SSH_USETTY="false",
+    )
+    assert (lab.folder / "log").read_text() == "ran\n", outcome.output
 
 
 def test_reset_and_wait(lab: Lab) -> None:

@@ -97,7 +97,8 @@ class FakeGate:
             self.deaf -= 1
             return
         self.heard.append(index)
-        if self.heard[-len(self.knocks) :] == list(range(len(self.knocks))):
+        right = self.heard[-len(self.knocks) :] == list(range(len(self.knocks)))
+        if right and not self.opened.is_set():
             self.protected.listen()
             self.selector.register(self.protected, selectors.EVENT_READ, "protected")
             self.opened.set()

@@ -9,12 +9,14 @@ CACHE := .cache
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/sbin:/sbin
 
+.NOTPARALLEL:
+
 .PHONY: help
 help:
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
-demo: controller fleet-ready ## a fleet of three vanishes, opens and vanishes again
+demo: controller images ## a fleet of three vanishes, opens and vanishes again
 	@demo/demo.sh
 
 .PHONY: demo-clean
@@ -22,7 +24,7 @@ demo-clean: ## remove the demo's containers, network and files
 	@python3 scripts/fleet.py down demo
 
 .PHONY: test
-test: tools fleet-ready ## everything that can fail: unit, lint, sanity, network namespaces, Molecule
+test: tools images ## everything that can fail: unit, lint, sanity, network namespaces, Molecule
 	@python3 scripts/check.py unit lint sanity netns access molecule
 
 .PHONY: unit lint sanity
@@ -34,15 +36,15 @@ sanity: tools ## ansible-test sanity
 	@python3 scripts/check.py $@
 
 .PHONY: netns access molecule
-netns: tools fleet-ready ## the gate in network namespaces
+netns: tools images ## the gate in network namespaces
 	@python3 scripts/check.py $@
-access: tools fleet-ready ## the connection and the knock against real sshds
+access: tools images ## the connection and the knock against real sshds
 	@python3 scripts/check.py $@
-molecule: tools fleet-ready ## every scenario, or one: make molecule SCENARIO=default
+molecule: tools images ## every scenario, or one: make molecule SCENARIO=default
 	@python3 scripts/check.py $(if $(SCENARIO),molecule:$(SCENARIO),molecule)
 
 .PHONY: bench
-bench: controller fleet-ready ## what a run costs, as a ratio to Ansible's own floor
+bench: controller images ## what a run costs, as a ratio to Ansible's own floor
 	@python3 bench/bench.py
 
 .PHONY: images
@@ -60,27 +62,26 @@ clean-images: ## remove the test fleet's images
 
 # What the targets above stand on.
 
-.PHONY: packages
+.PHONY: packages packages-test
 packages:
-	@scripts/packages.sh
+	@scripts/packages.sh demo
+packages-test:
+	@scripts/packages.sh test
 
 .PHONY: engine
-engine: packages
+engine:
 	@scripts/engine.sh
 
-.PHONY: fleet-ready
-fleet-ready: images
-
 .PHONY: controller
-controller: $(BIN)/.demo link
+controller: packages $(BIN)/.demo link
 .PHONY: tools
-tools: $(BIN)/.test link
+tools: packages-test $(BIN)/.test link
 
 .PHONY: link
 link:
 	@mkdir -p $(CACHE)/ansible_collections/fleet
 	@ln -sfn ../../.. $(CACHE)/ansible_collections/fleet/portknock
 
-$(BIN)/.demo $(BIN)/.test: $(BIN)/.%: requirements/%.txt requirements/demo.txt | packages
+$(BIN)/.demo $(BIN)/.test: $(BIN)/.%: requirements/%.txt requirements/demo.txt
 	@scripts/venv.sh $*
 	@touch $@

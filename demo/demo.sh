@@ -18,20 +18,33 @@ tell() { sed 's/^/     /'; }
 # address HOST ipv4|ipv6
 address() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["hosts"][sys.argv[2]][sys.argv[3]])' "$FLEET/fleet.json" "$@"; }
 
+addresses_of() {
+    local host
+    for host in "${HOSTS[@]}"; do address "$host" "$1"; done
+}
+
 client() { docker exec -i portknock-demo-client "$@"; }
 
-# scan: all tcp ports of all hosts from the client, over IPv4 and IPv6; one line for each host.
-scan() {
-    local host found4 found6
-    show "nmap -p- ${HOSTS[*]}    (on the client: every tcp port, IPv4 and IPv6)"
-    for host in "${HOSTS[@]}"; do
-        found4=$(client nmap -n -Pn -p- -T5 --min-rate 20000 --open -oG - "$(address "$host" ipv4)" | open_ports)
-        found6=$(client nmap -6 -n -Pn -p- -T5 --min-rate 20000 --open -oG - "$(address "$host" ipv6)" | open_ports)
-        printf '     %s  %-12s %-16s %-22s %s\n' "$host" "$(address "$host" ipv4)" "$found4" "$(address "$host" ipv6)" "$found6"
+# open_ports LIST: what nmap's greppable output says is open at each of the list's addresses.
+open_ports() {
+    local list=$1 address found
+    for address in "${addresses[@]}"; do
+        found=$(grep -F "Host: $address " <<<"$list" | grep -oE '[0-9]+/open/tcp' | sed 's,/open/tcp,,' | paste -sd' ' || true)
+        printf '     %s  %-22s %s\n' "${HOSTS[index]}" "$address" "${found:+open: }${found:-nothing open}"
+        index=$((index + 1))
     done
 }
 
-open_ports() { grep -oE '[0-9]+/open/tcp' | sed 's,/open/tcp, open,' | paste -sd' ' | grep . || echo "nothing open"; }
+# scan: what the client sees of all hosts.
+scan() {
+    local addresses index
+    show "nmap -p- ${HOSTS[*]}"
+    mapfile -t addresses < <(addresses_of ipv4)
+    index=0 && open_ports "$(client nmap -n -Pn -p- -T4 --min-rate 3000 -oG - "${addresses[@]}")"
+    show "nmap -6 -p1-1024 ${HOSTS[*]}"
+    mapfile -t addresses < <(addresses_of ipv6)
+    index=0 && open_ports "$(client nmap -6 -n -Pn -p1-1024 -T4 -oG - "${addresses[@]}")"
+}
 
 site() {
     local log=$1 start=$SECONDS

@@ -66,7 +66,7 @@ def netns() -> Iterator[Check]:
 
 
 def access() -> Iterator[Check]:
-    yield from pytest("access", "tests/access")
+    yield from pytest("access", "tests/integration_local")
 
 
 def molecule(scenario: str = "") -> Iterator[Check]:

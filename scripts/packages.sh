@@ -1,9 +1,28 @@
 #!/usr/bin/env bash
 # Copyright (c) 2026, fleet.portknock contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-# The Debian packages that the tests and the demo need on the controller; the engine's come with engine.sh.
+# The Debian packages that are needed on the controller; the engine's come with engine.sh. Usage: packages.sh demo|test
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-need python3 python3 ip iproute2 ssh openssh-client nft nftables nmap nmap ncat ncat \
-    tcpdump tcpdump conntrack conntrack git git setsid util-linux ps procps shellcheck shellcheck
+# The tests of the connection run an sshd of their own in a network namespace; this machine is to get no ssh server.
+need_sshd() {
+    PATH=$PATH:/usr/sbin:/sbin command -v sshd >/dev/null && return
+    local policy=/usr/sbin/policy-rc.d made=no
+    if [ "$(id -u)" -eq 0 ] && [ ! -e "$policy" ]; then
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod 755 "$policy"
+        made=yes
+    fi
+    install_packages openssh-server || true
+    [ "$made" = no ] || rm -f "$policy"
+    if [ -d /run/systemd/system ]; then
+        systemctl disable --quiet ssh.service ssh.socket 2>/dev/null || true
+    fi
+}
+
+need python3 python3 ip iproute2 ssh openssh-client setsid util-linux ps procps
+if [ "${1:-demo}" = test ]; then
+    need git git nft nftables nmap nmap ncat ncat tcpdump tcpdump conntrack conntrack shellcheck shellcheck
+    need_sshd
+fi

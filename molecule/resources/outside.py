@@ -78,19 +78,22 @@ class Outside:
         time.sleep(seconds)
 
     def connect(self, source: str, target: str, port: int) -> str:
-        """``open`` with sshd's or another service's banner seen, ``mute``, ``reset``, ``silent`` or ``unreachable``."""
+        """``open`` with a banner, ``mute`` without, ``reset``, ``silent`` or ``unreachable``."""
         with socket.socket(family_of(target), socket.SOCK_STREAM) as caller:
             caller.settimeout(ANSWER_SECONDS)
             try:
                 caller.bind((source, 0))
                 caller.connect((target, port))
-                return "open" if caller.recv(64) else "mute"
             except ConnectionRefusedError:
                 return "reset"
             except socket.timeout:
                 return "silent"
             except OSError:
                 return "unreachable"
+            try:
+                return "open" if caller.recv(64) else "mute"
+            except OSError:
+                return "mute"
 
     def until(self, state: str, seconds: float, source: str, target: str, port: int) -> str:
         """Connect again and again until the state is there; the last state seen."""

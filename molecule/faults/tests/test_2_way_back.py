@@ -1,0 +1,103 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Whatever dies on the way, the host goes back to what it had, by itself, and is reachable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from lab import FAMILIES, Fleet, wait_until
+
+SSH = 22
+# The timer of vars.yml, and time for the host to act on it.
+GOES_BACK_WITHIN = 15 + 20
+# Knocks never arrive, so the proof from outside tries until it gives up: time enough to kill something.
+DEAF = "add table inet deaf; add chain inet deaf early { type filter hook prerouting priority -500; }; "
+DEAF += "add rule inet deaf early tcp flags syn tcp dport 1024-65535 drop"
+
+
+@pytest.fixture
+def deaf(fleet: Fleet) -> Iterator[None]:
+    fleet.execute("box", f"nft '{DEAF}'")
+    yield
+    fleet.execute("box", "nft delete table inet deaf", check=False)
+
+
+def left_by_a_trial(fleet: Fleet) -> str:
+    """What only a gate, or a trial that is not over, has on a host."""
+    found = fleet.execute("box", "nft list tables | grep -o fleet_portknock", check=False)
+    found += fleet.execute("box", "systemctl list-units --all --no-legend '*portknock*' | cat")
+    return found + fleet.execute("box", "find /run /etc/fleet-portknock -name '*portknock*'", check=False)
+
+
+def reachable_by_plain_ssh(fleet: Fleet) -> bool:
+    playbook = fleet.write(
+        "plain.yml",
+        [
+            {
+                "name": "Answer",
+                "hosts": "box",
+                "connection": "ssh",
+                "gather_facts": False,
+                "tasks": [{"name": "Answer", "ansible.builtin.ping": None}],
+            }
+        ],
+    )
+    return fleet.play(playbook, ANSIBLE_SSH_ARGS="-o ControlPath=none").status == 0
+
+
+@pytest.mark.usefixtures("deaf")
+def test_not_proved_goes_back_and_others_go_on(fleet: Fleet) -> None:
+    run = fleet.play("fleet.portknock.site")
+    assert run.status == 2, run.output
+    assert run.recap["box"]["failed"] == 1
+    assert run.recap["other"]["failed"] == 0
+    assert fleet.has_gate("other")
+    assert fleet.leaks(run.output) == []
+    wait_until(lambda: not fleet.has_gate("box"), GOES_BACK_WITHIN, "box has gone back")
+    assert reachable_by_plain_ssh(fleet)
+
+
+@pytest.mark.usefixtures("deaf")
+@pytest.mark.parametrize("and_then", [lambda fleet: None, lambda fleet: fleet.restart("box")], ids=["", "restart"])
+def test_the_controller_is_killed(fleet: Fleet, and_then: Callable[[Fleet], None]) -> None:
+    fleet.kill_play_when("fleet.portknock.site", lambda: fleet.has_gate("box"))
+    assert fleet.has_gate("box")
+    and_then(fleet)
+    wait_until(lambda: not fleet.has_gate("box"), GOES_BACK_WITHIN, "box has gone back")
+    wait_until(lambda: left_by_a_trial(fleet) == "", 10, "nothing of the trial is left")
+    assert reachable_by_plain_ssh(fleet)
+
+
+def test_a_gate_comes_back_when_its_successor_fails(fleet: Fleet) -> None:
+    first = fleet.play("fleet.portknock.site")
+    assert first.status == 0, first.output
+    fleet.execute("box", f"nft '{DEAF}'")
+    changed = fleet.play("fleet.portknock.site", variables={"knock_server_closed_response": "drop"})
+    fleet.execute("box", "nft delete table inet deaf")
+    assert changed.recap["box"]["failed"] == 1 or changed.recap["box"]["unreachable"] == 1, changed.output
+    for family in FAMILIES:
+        target = fleet.hosts["box"][family]
+        (source,) = fleet.sources.take(family)
+        states = fleet.outside(
+            ["until", "reset", GOES_BACK_WITHIN, source, target, SSH],
+            ["knock", source, target, fleet.knocks("box")],
+            ["connect", source, target, SSH],
+        )
+        assert (states[0], states[-1]) == ("reset", "open")
+
+
+def test_no_secret_lies_around_after_all_that(fleet: Fleet) -> None:
+    """The killed runs' modules, for one: their arguments hold the gate's text."""
+    found = fleet.execute("box", "find /root/.ansible /home/admin/.ansible /tmp /var/tmp -type f | cat", check=False)
+    texts = [fleet.inside("box").file(path).content_string for path in found.split()]
+    assert [text for text in texts if fleet.leaks(text)] == []
+    assert fleet.leaks(fleet.execute("box", "journalctl --no-pager -o cat")) == []
+    log = fleet.directory / "killed.log"
+    assert fleet.leaks(log.read_text()) == []
+
+
+def test_the_fleet_is_usable_in_the_end(fleet: Fleet) -> None:
+    run = fleet.play("fleet.portknock.site")
+    assert run.status == 0, run.output

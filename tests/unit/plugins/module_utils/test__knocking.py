@@ -76,7 +76,9 @@ class FakeGate:
     def _run(self) -> None:
         while True:
             # Sockets that are ready at the same time come in the order of registration, which is the right one.
-            ready = sorted(self.selector.select(), key=lambda item: -1 if item[0].data is None else item[0].data)
+            ready = sorted(
+                self.selector.select(), key=lambda item: item[0].data if isinstance(item[0].data, int) else -1
+            )
             for key, _unused_events in ready:
                 sock = key.fileobj
                 assert isinstance(sock, socket.socket)

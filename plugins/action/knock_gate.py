@@ -47,20 +47,28 @@ class ActionModule(ActionBase):
         self._vars = task_vars or {}
         self._run_id = secrets.token_hex(6)
         try:
-            result.update(self._remove() if self._task.args.get("state") == "absent" else self._apply())
+            state = self._task.args.get("state", "applied")
+            steps = {"applied": self._apply, "absent": self._remove, "checked": self._check}
+            if state not in steps:
+                raise PortknockError(f"state: expected one of {', '.join(steps)}; got {state!r}.")
+            result.update(steps[state]())
         except PortknockError as exc:
             raise AnsibleActionFail(str(exc)) from None
         return result
 
+    def _check(self) -> dict[str, Any]:
+        settings_from(self._required("settings"))
+        check_operators(self._required("operators"))
+        self._seconds()
+        self._check_init(self._required("found"))
+        return {"changed": False}
+
     def _apply(self) -> dict[str, Any]:
-        arguments = self._task.args
-        for option in ("settings", "operators", "templates", "found"):
-            if option not in arguments:
-                raise PortknockError(f"{option}: required with state=applied; got nothing.")
-        settings = settings_from(arguments["settings"])
-        operators = check_operators(arguments["operators"])
-        found = arguments["found"]
-        self._check_host(found)
+        settings = settings_from(self._required("settings"))
+        operators = check_operators(self._required("operators"))
+        templates, found = Path(self._required("templates")), self._required("found")
+        self._check_init(found)
+        self._check_backend(found["backend"])
         keyring = open_keyring(keyring_options(self._vars, self._templar))
         host = self._vars["inventory_hostname"]
         entry = keyring.load(host)
@@ -78,7 +86,7 @@ class ActionModule(ActionBase):
             "run": self._run_id,
             "seconds": self._seconds(),
             "trusted": [*settings.trusted4, *settings.trusted6],
-            "wanted": gate_texts(Path(arguments["templates"]), self._backend(), settings, operators, entry, found),
+            "wanted": gate_texts(templates, self._backend(), settings, operators, entry, found),
         }
         if not self._task.check_mode:
             destination = self._destination()
@@ -138,20 +146,26 @@ class ActionModule(ActionBase):
         """Seconds that the proof goes on knocking: well inside the trial, so that the way back isn't raced."""
         return min(10.0, self._seconds() / 3)
 
-    def _check_host(self, found: dict[str, Any]) -> None:
-        """Stop where the host can't have a gate, before anything on it changes."""
-        backend = found["backend"]
-        if backend["problem"]:
-            raise PortknockError(backend["problem"])
-        if backend["missing_programs"] and not self._task.check_mode:
-            raise PortknockError(
-                f"knock_server_backend: {backend['name']} needs {', '.join(backend['missing_programs'])}, which is not installed."
-            )
+    def _required(self, option: str) -> Any:
+        if option not in self._task.args:
+            raise PortknockError(f"{option}: required but with state=absent; got nothing.")
+        return self._task.args[option]
+
+    @staticmethod
+    def _check_init(found: dict[str, Any]) -> None:
         if found["init"] != "systemd":
             raise PortknockError(
                 "knock_server_backend: expected systemd as the host's init system, which loads the gate at boot; "
                 f"got {found['init']}."
             )
+
+    def _check_backend(self, backend: dict[str, Any]) -> None:
+        """Stop where the back end can't work, before anything on the host changes."""
+        if backend["problem"]:
+            raise PortknockError(backend["problem"])
+        if backend["missing_programs"] and not self._task.check_mode:
+            missing = ", ".join(backend["missing_programs"])
+            raise PortknockError(f"knock_server_backend: {backend['name']} needs {missing}; it is not installed.")
 
     def _check_way_in(self, settings: GateSettings, destination: Destination, found: dict[str, Any]) -> None:
         """Stop where Ansible itself could not get in any more."""

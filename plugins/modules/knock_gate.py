@@ -38,8 +38,9 @@ options:
   state:
     description:
       - V(applied) makes the host's gate the wanted one, V(absent) takes it away.
+      - V(checked) only checks the settings, on the controller; for use before something else is changed on the host.
     type: str
-    choices: [applied, absent]
+    choices: [applied, absent, checked]
     default: applied
   backend:
     description: What enforces the gate.
@@ -50,7 +51,7 @@ options:
     description:
       - The gate's settings, with the names and meanings of the role's variables less their prefix, such as
         C(protected_ports) for C(knock_server_protected_ports).
-      - Required with O(state=applied).
+      - Required but for O(state=absent).
     type: dict
   operators:
     description:
@@ -143,7 +144,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._phases import run
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["applied", "absent"], "default": "applied"},
+            "state": {"type": "str", "choices": ["applied", "absent", "checked"], "default": "applied"},
             "backend": {"type": "str", "choices": sorted(BACK_ENDS), "default": "nftables"},
             "settings": {"type": "dict"},
             "operators": {"type": "list", "elements": "str"},

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import json
 import os
@@ -102,7 +103,7 @@ class Fleet:
             "files": self.execute(
                 host,
                 "find / -xdev \\( -path /proc -o -path /sys -o -path /var/log -o -path /var/cache -o -path /tmp"
-                " -o -path '*/__pycache__' -o -path /var/lib/apt -o -path /var/lib/dpkg -o -path /var/lib/systemd \\)"
+                " -o -path '*/__pycache__' -o -path '*/.ansible' -o -path /var/lib/apt -o -path /var/lib/dpkg -o -path /var/lib/systemd \\)"
                 " -prune -o \\( -type f -o -type l -o -type d \\) -printf '%p %m %y\\n' | sort",
             ),
             "run": self.execute(host, "find /run -name '*portknock*' | sort"),
@@ -274,6 +275,15 @@ def _view(path: Path, _changed: int, configuration: Path) -> dict[str, Any]:
     )
     content: dict[str, Any] = yaml.safe_load(done.stdout)
     return content
+
+
+def differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """The lines in which two states of a host differ."""
+    found = []
+    for part, text in before.items():
+        lines = difflib.unified_diff(text.splitlines(), after[part].splitlines(), lineterm="", n=0)
+        found += [f"{part}: {line}" for line in lines if not line.startswith(("---", "+++", "@@"))]
+    return found
 
 
 def wait_until(

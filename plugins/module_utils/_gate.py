@@ -229,9 +229,7 @@ def _network(value: object, option: str) -> _Network:
     )
 
 
-def _automaton(
-    settings: GateSettings, sequences: Mapping[str, Sequence[Sequence[Knock]]]
-) -> list[dict[str, object]]:
+def _automaton(settings: GateSettings, sequences: Mapping[str, Sequence[Sequence[Knock]]]) -> list[dict[str, object]]:
     """The transitions that knocks make: in ``state``, a packet to ``proto`` and ``port`` leads to ``next``."""
     option = f"{_OPTION}sequences"
     steps: list[dict[str, object]] = []

@@ -44,9 +44,7 @@ def replace_transaction(table_text: str, existing: Optional[Mapping[str, Any]]) 
             elements.extend(_add_elements(name, found.get("elem", ()), size))
         lines.append(f"delete {kind} inet {TABLE} {name}")
     # After the maps, whose verdicts may lead to chains.
-    lines.extend(
-        f"delete chain inet {TABLE} {found['name']}" for kind, found in _objects(existing) if kind == "chain"
-    )
+    lines.extend(f"delete chain inet {TABLE} {found['name']}" for kind, found in _objects(existing) if kind == "chain")
     return "\n".join((*lines, table_text.rstrip("\n"), *elements)) + "\n"
 
 

@@ -391,15 +391,16 @@ class Lab:
         for address in range(base, base + count):
             high, low = address >> 16, address & 0xFFFF
             struct.pack_into("!HH", frame, 26, high, low)
-            struct.pack_into("!H", frame, 24, _fold(header + high + low))
+            struct.pack_into("!H", frame, 24, fold(header + high + low))
             if proto == "tcp":
                 pseudo = high + low + sum(struct.unpack_from("!2H", frame, 30)) + 6 + length
                 pseudo += 1025 + port + sum(struct.unpack("!6H", rest))
-                struct.pack_into("!H", frame, 50, _fold(pseudo))
+                struct.pack_into("!H", frame, 50, fold(pseudo))
             self.wire.socket.send(frame)
 
 
-def _fold(total: int) -> int:
+def fold(total: int) -> int:
+    """The Internet checksum of words that add up to this."""
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total ^ 0xFFFF

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from netlab import CLIENT4, CLIENT6, HOST4, HOST6, PUBLISHED, SSH, Lab, network
+from netlab import CLIENT4, CLIENT6, HOST4, HOST6, PUBLISHED, SEQUENCE, SSH, Lab, network
 from scapy.layers.inet import TCP
 
 CONTAINER4, CONTAINER6 = "198.51.100.2", "2001:db8:c::2"
@@ -40,7 +40,7 @@ def docker(lab: Lab) -> Iterator[Lab]:
     lab.host.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
     lab.serve(SSH, where=container)
     lab.host.nft(DOCKER)
-    yield lab
+    return lab
 
 
 FAMILIES = [pytest.param(CLIENT4, CONTAINER4, id="ipv4"), pytest.param(CLIENT6, CONTAINER6, id="ipv6")]
@@ -57,8 +57,6 @@ def test_forwarded_traffic_is_left_alone(docker: Lab, source: str, container: st
 
 @pytest.mark.parametrize(("source", "container"), FAMILIES)
 def test_forwarded_packets_are_no_knocks(docker: Lab, source: str, container: str) -> None:
-    from netlab import SEQUENCE
-
     model = docker.gate(guard="strict")
     docker.touch(source, *SEQUENCE, host=container)
     assert docker.look(source) == "reset"

@@ -7,10 +7,9 @@ from __future__ import annotations
 import time
 
 import pytest
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 from netlab import HOST4, SEQUENCE, SSH, WIREGUARD, Lab, network
 from scapy.layers.inet import TCP, UDP
-
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 
 FIRST, SECOND, THIRD = SEQUENCE
 # Neither a knock nor, with the seed of these tests, a tripwire.

@@ -10,15 +10,14 @@ import time
 from collections.abc import Callable
 
 import pytest
-from netlab import CLIENT4, HOST4, SSH, Lab, network
-from scapy.layers.inet import TCP
-
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
     TABLE,
     close_window,
     listing_digest,
     replace_transaction,
 )
+from netlab import CLIENT4, HOST4, SEQUENCE, SSH, Lab, fold, network
+from scapy.layers.inet import TCP
 
 SWAPS = 200
 
@@ -40,8 +39,6 @@ class _Prober(threading.Thread):
         self._frames = frames
 
     def run(self) -> None:
-        from netlab import _fold
-
         lab = self._lab
         addresses = {bytes(map(int, source.split("."))): source for source in self._frames}
         counter = 0
@@ -51,7 +48,7 @@ class _Prober(threading.Thread):
                 old = int.from_bytes(frame[34:36], "big")
                 check = int.from_bytes(frame[50:52], "big") ^ 0xFFFF
                 frame[34:36] = sport.to_bytes(2, "big")
-                frame[50:52] = _fold(check + (old ^ 0xFFFF) + sport).to_bytes(2, "big")
+                frame[50:52] = fold(check + (old ^ 0xFFFF) + sport).to_bytes(2, "big")
                 lab.wire.socket.send(frame)
                 self.sent += 1
             counter += 1
@@ -71,7 +68,9 @@ class _Prober(threading.Thread):
 def test_hundreds_of_swaps(lab: Lab) -> None:
     """Row 12: other rules each time, and both sources see no difference."""
     lab.serve(2222)
-    texts = [lab.render(guard=guard, step_timeout=step)[0] for guard in ("strict", "tripwires", "loose") for step in (4, 5)]
+    texts = [
+        lab.render(guard=guard, step_timeout=step)[0] for guard in ("strict", "tripwires", "loose") for step in (4, 5)
+    ]
     lab.host.nft(texts[0])
     # Sources that nobody answers for: the prober's own machine would reset what it did not begin.
     stranger, owner = "192.0.2.201", "192.0.2.202"
@@ -155,8 +154,6 @@ def test_nothing_of_the_former_ruleset_stays(lab: Lab) -> None:
 
 def test_stale_progress_goes_with_the_old_rules(lab: Lab) -> None:
     """The numbers of states mean something else in other rules."""
-    from netlab import SEQUENCE
-
     lab.gate()
     source = lab.source()
     lab.touch(source, *SEQUENCE[:2])

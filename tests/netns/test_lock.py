@@ -21,7 +21,10 @@ from netlab import (
 from scapy.layers.inet import TCP, UDP
 from scapy.packet import Packet
 
-PROBES = [pytest.param({"socket_wildcard": True}, id="socket"), pytest.param({"socket_wildcard": False}, id="no socket")]
+PROBES = [
+    pytest.param({"socket_wildcard": True}, id="socket"),
+    pytest.param({"socket_wildcard": False}, id="no socket"),
+]
 SOURCES = (CLIENT4, CLIENT6)
 
 

@@ -98,7 +98,7 @@ def firewalled(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Lab]:
         lab.policy("tcp dport 443 accept\n" + rules)
     for setting in ("net.ipv4.icmp_ratelimit=0", "net.ipv6.icmp.ratelimit=0"):
         lab.host.run("sysctl", "-qw", setting)
-    yield lab
+    return lab
 
 
 @pytest.mark.parametrize("source", [CLIENT4, CLIENT6])

@@ -1,0 +1,271 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from typing import Any
+
+import pytest
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import (
+    GateSettings,
+    build_model,
+    guess_cost,
+    loose_warning,
+    settings_from,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+
+SEED = bytes(range(32))
+A, B, C, D, E, F = (Knock(port, "tcp") for port in (50001, 41007, 61009, 50011, 41017, 61019))
+
+
+def model(settings: GateSettings | None = None, sequences: Any = None, avoid: frozenset[int] = frozenset()) -> Any:
+    return build_model(settings or GateSettings((22,), ()), sequences or {"default": [(A, B, C)]}, SEED, avoid, {})
+
+
+def test_defaults() -> None:
+    assert settings_from({}) == GateSettings(protected_tcp=(22,), protected_udp=())
+
+
+def test_given_settings() -> None:
+    settings = settings_from(
+        {
+            "protected_ports": ["2222/tcp", "22/tcp", "51820/udp"],
+            "guard": "strict",
+            "step_timeout": 3,
+            "open_window": "5",
+            "trusted_sources": ["192.0.2.0/25", "192.0.2.128/25", "192.0.2.7", "2001:db8::/32", "2001:db8:1::/48"],
+            "closed_response": "drop",
+            "tripwires": 10,
+            "max_sources": 1024,
+            "max_windows": 16,
+        }
+    )
+    assert settings == GateSettings(
+        protected_tcp=(22, 2222),
+        protected_udp=(51820,),
+        guard="strict",
+        step_timeout=3,
+        open_window=5,
+        trusted4=("192.0.2.0/24",),
+        trusted6=("2001:db8::/32",),
+        closed_response="drop",
+        tripwires=10,
+        max_sources=1024,
+        max_windows=16,
+    )
+    assert settings.protected == {22, 2222, 51820}
+
+
+SECONDS = "expected a whole number of seconds from"
+NETWORKS = "expected networks such as 192.0.2.0/24 or 2001:db8::/32, without bits beyond the prefix"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("protected_ports", [], "expected at least one port such as 22/tcp; got an empty list."),
+        ("protected_ports", ["22/tcp", "22/tcp"], "expected each port once; got 22/tcp twice."),
+        (
+            "protected_ports",
+            ["65536/tcp"],
+            "expected port/protocol, a port from 1 to 65535 and tcp or udp, such as 22/tcp; got '65536/tcp'.",
+        ),
+        ("protected_ports", "22/tcp", "expected a list such as [22/tcp]; got '22/tcp'."),
+        (
+            "protected_ports",
+            [f"{port}/tcp" for port in range(1, 40)],
+            "expected at most 35 ports of each protocol; got more.",
+        ),
+        ("guard", "lax", "expected one of tripwires, strict, loose; got 'lax'."),
+        ("guard", None, "expected one of tripwires, strict, loose; got None."),
+        ("closed_response", "reject", "expected one of mimic, drop, reset; got 'reject'."),
+        ("step_timeout", 0, f"{SECONDS} 1 to 86400; got 0."),
+        ("step_timeout", -5, f"{SECONDS} 1 to 86400; got -5."),
+        ("step_timeout", True, f"{SECONDS} 1 to 86400; got True."),
+        ("step_timeout", "5s", f"{SECONDS} 1 to 86400; got '5s'."),
+        ("open_window", 4, f"{SECONDS} 5 to 86400; got 4."),
+        ("open_window", 2.5, f"{SECONDS} 5 to 86400; got 2.5."),
+        ("tripwires", 0, "expected a whole number from 1 to 20000; got 0."),
+        ("max_sources", -1, "expected a whole number from 1 to 16777216; got -1."),
+        ("max_windows", False, "expected a whole number from 1 to 16777216; got False."),
+        ("trusted_sources", "192.0.2.1", "expected a list such as [192.0.2.0/24]; got '192.0.2.1'."),
+        ("trusted_sources", ["example.org"], f"{NETWORKS}; got 'example.org'."),
+        ("trusted_sources", ["192.0.2.1/24"], f"{NETWORKS}; got '192.0.2.1/24'."),
+        ("trusted_sources", ["fe80::1%eth0"], f"{NETWORKS}; got 'fe80::1%eth0'."),
+        ("trusted_sources", [16909060], f"{NETWORKS}; got 16909060."),
+        ("trusted_sources", ["0.0.0.0/0"], "expected less than every address there is; got 0.0.0.0/0 in sum."),
+        ("trusted_sources", ["::/0"], "expected less than every address there is; got ::/0 in sum."),
+        (
+            "trusted_sources",
+            ["0.0.0.0/1", "128.0.0.0/1"],
+            "expected less than every address there is; got 0.0.0.0/0 in sum.",
+        ),
+    ],
+)
+def test_bad_settings(option: str, value: object, message: str) -> None:
+    with pytest.raises(PortknockError, match=f"^{re.escape(f'knock_server_{option}: {message}')}$"):
+        settings_from({option: value})
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        (
+            {"a/b": [(A, B)]},
+            "knock_server_operators: expected names of up to 64 letters, digits and . _ @ -; got 'a/b'.",
+        ),
+        (
+            {"x" * 65: [(A, B)]},
+            f"knock_server_operators: expected names of up to 64 letters, digits and . _ @ -; got '{'x' * 65}'.",
+        ),
+        ({"a": [()]}, "knock_server_sequences: expected each port of a's sequence once, and one at least."),
+        ({"a": [(A, B, A)]}, "knock_server_sequences: expected each port of a's sequence once, and one at least."),
+        (
+            {"a": [(A, Knock(22, "udp"))]},
+            "knock_server_sequences: expected no protected port; a's sequence holds one.",
+        ),
+        (
+            {"a": [(A, B)], "b": [(A, C)]},
+            "knock_server_sequences: expected sequences that begin differently; one of b and one of a begin with the same "
+            "knock.",
+        ),
+    ],
+)
+def test_bad_sequences(sequences: Any, message: str) -> None:
+    with pytest.raises(PortknockError, match=f"^{re.escape(message)}$") as caught:
+        model(sequences=sequences)
+    assert not re.search(r"[0-9]{5}", str(caught.value))
+
+
+def test_the_model_is_plain_and_repeats_itself() -> None:
+    settings = settings_from({"protected_ports": ["22/tcp", "2222/tcp", "51820/udp"]})
+    one, two = model(settings), model(settings)
+    assert one == two
+    assert json.loads(json.dumps(one)) == one
+    assert len(one["tripwires"]) == 2000
+    assert sorted(one) == [
+        *("closed_response", "guard", "look_tcp", "look_udp", "max_sources", "max_windows", "open_window"),
+        *(
+            "protected_tcp",
+            "protected_udp",
+            "socket_wildcard",
+            "step_timeout",
+            "steps",
+            "tripwires",
+            "trusted4",
+            "trusted6",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("probe", "expected"), [({}, False), ({"socket_wildcard": 1}, False), ({"socket_wildcard": True}, True)]
+)
+def test_the_probe(probe: dict[str, object], expected: bool) -> None:
+    built = build_model(GateSettings((22,), ()), {"a": [(A, B, C)]}, SEED, frozenset(), probe)
+    assert built["socket_wildcard"] is expected
+
+
+def test_stand_ins() -> None:
+    settings = settings_from({"protected_ports": ["22/tcp", "2222/tcp", "51820/udp"]})
+    first = model(settings)
+    ports = [pair["stand_in"] for pair in first["look_tcp"]]
+    assert [pair["port"] for pair in first["look_tcp"]] == [22, 2222]
+    assert len(set(ports)) == 2
+    assert all(225 <= port < 600 for port in ports)
+    moved = model(settings, avoid=frozenset(ports[:1]))
+    assert next(pair["stand_in"] for pair in moved["look_tcp"]) == ports[1]
+    assert model(settings, avoid=frozenset({80, 443}))["look_tcp"] == first["look_tcp"]
+    assert model(settings_from({"closed_response": "drop"}))["look_tcp"] == []
+
+
+def test_no_stand_in_left() -> None:
+    message = (
+        "knock_server_closed_response: mimic needs an unused low port for each protected port of a protocol, 1; this host "
+        "leaves 0."
+    )
+    with pytest.raises(PortknockError, match=f"^{re.escape(message)}$"):
+        model(avoid=frozenset(range(1024)))
+
+
+def test_tripwires_stay_clear_of_everything_else() -> None:
+    built = model(settings_from({"tripwires": 20000}), avoid=frozenset(range(2000, 9000)))
+    assert not set(built["tripwires"]) & {*range(2000, 9000), *range(33434, 33535), 22, A.port, B.port, C.port}
+
+
+@pytest.mark.parametrize("guard", ["strict", "loose"])
+def test_other_guards_have_no_tripwires(guard: str) -> None:
+    assert model(settings_from({"guard": guard}))["tripwires"] == []
+
+
+def run(steps: list[dict[str, Any]], knocks: list[Knock], strict: bool) -> bool:
+    """What the rules do with these packets, in words of Python."""
+    table = {(step["state"], step["proto"], step["port"]): step["next"] for step in steps}
+    progress = "0:0"
+    for port, proto in knocks:
+        after = table.get((progress, proto, port)) or table.get(("0:0", proto, port)) or ("4:0" if strict else "3:0")
+        if after == "2:0":
+            return True
+        if after == "4:0":
+            progress = "0:0"
+        elif after != "3:0":
+            progress = after
+    return False
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_automaton_against_every_short_walk(strict: bool) -> None:
+    """Every walk of up to six packets over two sequences and a foreign port, against what the words of the design say."""
+    sequences = [(A, B, C), (D, B, E)]
+    steps = model(sequences={"x": sequences[:1], "y": sequences[1:]})["steps"]
+    for walk in itertools.product((A, B, C, D, E, F), repeat=6):
+        assert run(steps, list(walk), strict) == _opens(sequences, walk, strict), walk
+
+
+def _opens(sequences: list[tuple[Knock, ...]], walk: tuple[Knock, ...], strict: bool) -> bool:
+    current: tuple[Knock, ...] = ()
+    done = 0
+    for knock in walk:
+        if current and knock == current[done]:
+            done += 1
+        elif current and knock == current[done - 1]:
+            pass
+        elif any(knock == sequence[0] for sequence in sequences):
+            current, done = next(sequence for sequence in sequences if sequence[0] == knock), 1
+        elif strict:
+            current, done = (), 0
+        if current and done == len(current):
+            return True
+    return False
+
+
+def test_steps_grow_with_the_knocks_alone() -> None:
+    one = len(model(sequences={"a": [(A, B, C)]})["steps"])
+    two = len(model(sequences={"a": [(A, B, C)], "b": [(D, E, F)]})["steps"])
+    assert two == 2 * one == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "length", "expected"),
+    [
+        (GateSettings((22,), (), guard="loose"), 3, 1 / 6),
+        (GateSettings((22,), (), guard="loose"), 4, 1 / 24),
+        (GateSettings((22,), (), guard="tripwires", tripwires=200), 3, 1 / (202 * 203)),
+        (GateSettings((22,), (), guard="strict"), 3, 1 / (65535 * 65534)),
+    ],
+)
+def test_guess_cost(settings: GateSettings, length: int, expected: float) -> None:
+    assert guess_cost(settings, length) == pytest.approx(expected)
+
+
+def test_loose_warning() -> None:
+    assert loose_warning(GateSettings((22,), ()), 4) is None
+    assert loose_warning(GateSettings((22,), (), guard="loose"), 4) == (
+        "knock_server_guard: loose ignores wrong ports, so one sweep over all ports in random order opens a sequence of 4 "
+        "knocks in about 1 of 24 cases, and 4 sweeps open any; tripwires or strict make that practically impossible."
+    )

@@ -1,0 +1,180 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Listings as three versions of nft printed them: a gate with two tripwires and one window of each kind open for an hour."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
+    TABLE,
+    close_window,
+    listing_digest,
+    normalise,
+    read_listing,
+    replace_transaction,
+)
+
+VERSIONS = ("0.9.8", "1.0.6", "1.1.3")
+OPEN_SETS = ("open4", "open6", "open_ll6")
+
+
+def text(size: int = 65536) -> str:
+    sets = "".join(f"  set {name} {{\n    type x\n    size {size}\n  }}\n" for name in OPEN_SETS)
+    return f"table inet {TABLE} {{\n{sets}}}\n"
+
+
+@pytest.fixture(params=VERSIONS)
+def listing(request: pytest.FixtureRequest) -> dict[str, Any]:
+    printed = (Path(__file__).parent / "nft_listings" / f"{request.param}.txt").read_text()
+    found = read_listing(printed)
+    assert found is not None
+    assert found["nftables"][0]["metainfo"]["version"] == request.param
+    return found
+
+
+def objects(listing: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [entry[kind] for entry in listing["nftables"] if kind in entry]
+
+
+def named(listing: dict[str, Any], kind: str, name: str) -> dict[str, Any]:
+    return next(found for found in objects(listing, kind) if found["name"] == name)
+
+
+@pytest.mark.parametrize("printed", ["", "Error: No such file or directory\n", '{"nftables": [', "warning: x\n"])
+def test_no_listing(printed: str) -> None:
+    assert read_listing(printed) is None
+
+
+def test_without_a_table_the_text_is_all() -> None:
+    assert replace_transaction(text(), None) == text()
+
+
+def test_everything_but_the_windows_goes(listing: dict[str, Any]) -> None:
+    lines = replace_transaction(text(), listing).splitlines()
+    assert lines[0] == f"flush table inet {TABLE}"
+    wanted = [
+        f"delete {kind} inet {TABLE} {found['name']}"
+        for kind in ("set", "map", "chain")
+        for found in objects(listing, kind)
+        if found["name"] not in OPEN_SETS
+    ]
+    count = len(wanted)
+    assert sorted(lines[1 : count + 1]) == sorted(wanted)
+    kinds = [line.split()[1] for line in lines[1 : count + 1]]
+    assert kinds.index("chain") == len(kinds) - kinds.count("chain"), "a map's verdicts may lead to chains"
+    assert "\n".join(lines[count + 1 :]) + "\n" == text()
+
+
+def test_another_size_makes_the_windows_anew(listing: dict[str, Any]) -> None:
+    lines = replace_transaction(text(1000), listing).splitlines()
+    for name in OPEN_SETS:
+        assert f"delete set inet {TABLE} {name}" in lines
+    after = lines[lines.index("}") + 1 :]
+    left = {name: named(listing, "set", name)["elem"][0]["elem"]["expires"] for name in OPEN_SETS}
+    assert after == [
+        f"add element inet {TABLE} open4 {{ 192.0.2.9 timeout 3600s expires {left['open4']}s }}",
+        f"add element inet {TABLE} open6 {{ 2001:db8::9 timeout 3600s expires {left['open6']}s }}",
+        f'add element inet {TABLE} open_ll6 {{ "gate-d" . fe80::9 timeout 3600s expires {left["open_ll6"]}s }}',
+    ]
+
+
+def test_windows_that_can_t_be_kept(listing: dict[str, Any]) -> None:
+    """One that is about to end, one on an interface that has gone, and the shorter ones where there is no room."""
+    named(listing, "set", "open_ll6")["elem"][0]["elem"]["val"]["concat"][0] = 7
+    named(listing, "set", "open6")["elem"][0]["elem"]["expires"] = 0
+    named(listing, "set", "open4")["elem"] = [
+        {"elem": {"val": f"192.0.2.{left}", "timeout": 30, "expires": left}} for left in (5, 29, 17)
+    ]
+    lines = replace_transaction(text(2), listing).splitlines()
+    assert [line.split("{")[1] for line in lines if line.startswith("add element")] == [
+        " 192.0.2.29 timeout 30s expires 29s }",
+        " 192.0.2.17 timeout 30s expires 17s }",
+    ]
+
+
+def test_a_text_without_windows_leaves_them(listing: dict[str, Any]) -> None:
+    transaction = replace_transaction(f"table inet {TABLE} {{\n}}\n", listing)
+    assert not any(f"{TABLE} {name}" in transaction for name in OPEN_SETS)
+
+
+def _handles(listing: dict[str, Any]) -> None:
+    for entry in listing["nftables"]:
+        for found in entry.values():
+            found["handle"] = found.get("handle", 0) + 100
+
+
+def _elements(listing: dict[str, Any]) -> None:
+    for name in OPEN_SETS:
+        named(listing, "set", name).pop("elem")
+    named(listing, "map", "at4")["elem"] = [["192.0.2.1", "1:1"]]
+
+
+def _order(listing: dict[str, Any]) -> None:
+    named(listing, "map", "step")["elem"].reverse()
+    listing["nftables"].sort(key=lambda entry: "set" in entry)
+    for rule in objects(listing, "rule"):
+        for part in rule["expr"]:
+            if isinstance(part, dict) and "vmap" in part:
+                part["vmap"]["data"]["set"].reverse()
+
+
+def _counts(listing: dict[str, Any]) -> None:
+    named(listing, "map", "at4")["count"] = 5
+
+
+@pytest.mark.parametrize("change", [_handles, _elements, _order, _counts])
+def test_what_comes_and_goes_is_not_in_the_digest(
+    listing: dict[str, Any], change: Callable[[dict[str, Any]], None]
+) -> None:
+    before = copy.deepcopy(listing)
+    change(listing)
+    assert normalise(listing) == normalise(before)
+    assert listing_digest(listing) == listing_digest(before)
+
+
+def _rules_swapped(listing: dict[str, Any]) -> None:
+    rules = [entry for entry in listing["nftables"] if entry.get("rule", {}).get("chain") == "pre"]
+    rules[0]["rule"], rules[1]["rule"] = rules[1]["rule"], rules[0]["rule"]
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "rule gone": lambda listing: listing["nftables"].remove({"rule": objects(listing, "rule")[-1]}),
+    "rule changed": lambda listing: objects(listing, "rule")[3]["expr"].append({"accept": None}),
+    # Up to 1.0.6 these are text, since nft has no JSON for them.
+    "rule that writes to a map": lambda listing: next(
+        rule for rule in objects(listing, "rule") if "add @at4" in str(rule) or "'map': '@at4'" in str(rule)
+    )["expr"].pop(),
+    "rules in another order": _rules_swapped,
+    "chain gone": lambda listing: listing["nftables"].remove({"chain": objects(listing, "chain")[0]}),
+    "policy": lambda listing: named(listing, "chain", "pre").update(policy="drop"),
+    "priority": lambda listing: named(listing, "chain", "pre").update(prio=0),
+    "element gone": lambda listing: named(listing, "map", "step")["elem"].pop(),
+    "element more": lambda listing: named(listing, "set", "trusted4")["elem"].append("198.51.100.0"),
+    "set's size": lambda listing: named(listing, "set", "open4").update(size=1),
+    "step timeout": lambda listing: named(listing, "map", "at4").update(timeout=50),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CHANGES))
+def test_a_change_is_in_the_digest(listing: dict[str, Any], name: str) -> None:
+    before = listing_digest(listing)
+    CHANGES[name](listing)
+    assert listing_digest(listing) != before
+
+
+@pytest.mark.parametrize(
+    ("address", "interface", "commands"),
+    [
+        ("192.0.2.9", None, [f"delete element inet {TABLE} open4 {{ 192.0.2.9 }}\n"]),
+        ("2001:db8::9", "eth0", [f"delete element inet {TABLE} open6 {{ 2001:db8::9 }}\n"]),
+        ("fe80::9", "eth0", [f'delete element inet {TABLE} open_ll6 {{ "eth0" . fe80::9 }}\n']),
+        ("fe80::9", None, []),
+    ],
+)
+def test_closing_a_window(address: str, interface: str | None, commands: list[str]) -> None:
+    assert close_window(address, interface) == commands

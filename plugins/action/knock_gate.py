@@ -201,7 +201,14 @@ class ActionModule(ActionBase):
             raise PortknockError(
                 "ANSIBLE_KEEP_REMOTE_FILES: expected to be off for knock_gate, whose arguments hold secrets."
             )
-        self._connection.set_option("pipelining", True)
+        if self._connection.has_pipelining:
+            self._connection.set_option("pipelining", True)
+        if not self._is_pipelining_enabled("new"):
+            raise PortknockError(
+                "ansible_become_method, ansible_connection: expected ones that work with pipelining, such as sudo over ssh, "
+                "since the arguments of knock_gate hold secrets and would be put into a file on the host; got "
+                f"{self._connection.become.name if self._connection.become else 'none'} over {self._connection.transport}."
+            )
         arguments = {
             "state": self._task.args.get("state", "applied"),
             "backend": self._backend(),

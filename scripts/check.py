@@ -144,7 +144,8 @@ def main(names: list[str]) -> int:
         for check in checks:
             total += run(check)
     seconds = time.monotonic() - start
-    print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped in {seconds:.0f} s")
+    print(f"It took {seconds:.0f} s; the logs are in {LOGS}.")
+    print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
     return 1 if total["failed"] else 0
 
 

@@ -211,10 +211,11 @@ def _trusted(values: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
     # An interval set refuses ranges that overlap.
     collapsed4 = tuple(ipaddress.collapse_addresses(networks4))
     collapsed6 = tuple(ipaddress.collapse_addresses(networks6))
-    for everything in (*collapsed4, *collapsed6):
-        if everything.prefixlen == 0:
+    trusted4, trusted6 = tuple(map(str, collapsed4)), tuple(map(str, collapsed6))
+    for everything in ("0.0.0.0/0", "::/0"):
+        if everything in (*trusted4, *trusted6):
             raise PortknockError(f"{option}: expected less than every address there is; got {everything} in sum.")
-    return tuple(map(str, collapsed4)), tuple(map(str, collapsed6))
+    return trusted4, trusted6
 
 
 def _network(value: object, option: str) -> _Network:

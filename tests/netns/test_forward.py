@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from netlab import CLIENT4, CLIENT6, HOST4, HOST6, PUBLISHED, SEQUENCE, SSH, Lab, network
 from scapy.layers.inet import TCP
@@ -27,7 +25,7 @@ table inet docker {{
 
 
 @pytest.fixture
-def docker(lab: Lab) -> Iterator[Lab]:
+def docker(lab: Lab) -> Lab:
     """The host with a container behind it that publishes its ssh port as 2222 and as 8080."""
     container = lab.namespace("b")
     lab.link("h1", "b0", container)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -68,7 +68,7 @@ def _plain(packet: Packet, port: int) -> str:
                 # Right or wrong is what matters; the value follows from the numbers that differ anyway.
                 sent = layer.fields[name]
                 rebuilt = type(packet)(raw)
-                target = rebuilt.getlayer(type(layer))
+                target: Any = rebuilt.getlayer(type(layer))
                 if "error" not in type(layer).__name__:
                     del target.fields[name]
                     target = type(packet)(bytes(rebuilt)).getlayer(type(layer))
@@ -91,7 +91,7 @@ def _plain(packet: Packet, port: int) -> str:
 
 
 @pytest.fixture(params=sorted(POLICIES))
-def firewalled(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Lab]:
+def firewalled(lab: Lab, request: pytest.FixtureRequest) -> Lab:
     """A host whose firewall lets its services in, and one port that always answers, for the tests' markers."""
     rules = POLICIES[request.param]
     if rules is not None:
@@ -111,7 +111,7 @@ def test_every_flag_pattern_and_udp(firewalled: Lab, source: str) -> None:
     for flags in FLAGS:
         for _again in range(2):
             sport = lab.source_port()
-            header = {"sport": sport, "flags": flags, "seq": 1000, "ack": 2000, "window": 1024}
+            header: dict[str, Any] = {"sport": sport, "flags": flags, "seq": 1000, "ack": 2000, "window": 1024}
             protected = _shows(lab, source, SSH, network(source, host) / TCP(dport=SSH, **header))
             closed = _shows(lab, source, CLOSED, network(source, host) / TCP(dport=CLOSED, **header))
             if protected != closed:

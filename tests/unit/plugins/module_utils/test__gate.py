@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -227,7 +228,7 @@ def test_the_automaton_against_every_short_walk(strict: bool) -> None:
         assert run(steps, list(walk), strict) == _opens(sequences, walk, strict), walk
 
 
-def _opens(sequences: list[tuple[Knock, ...]], walk: tuple[Knock, ...], strict: bool) -> bool:
+def _opens(sequences: Sequence[tuple[Knock, ...]], walk: tuple[Knock, ...], strict: bool) -> bool:
     current: tuple[Knock, ...] = ()
     done = 0
     for knock in walk:

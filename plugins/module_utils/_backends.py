@@ -23,7 +23,8 @@ from ansible_collections.fleet.portknock.plugins.module_utils._procnet import Pe
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Completed, Runner
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
 
-_FRESH_TABLE = f"table inet {TABLE}\ndelete table inet {TABLE}\n"
+# On one line with what follows it, so that the line that nft names is the template's.
+_FRESH_TABLE = f"add table inet {TABLE}; delete table inet {TABLE}; "
 
 # What the gate can't do without: loaded as a check only, and named in the error when nft or the kernel refuses it.
 _NEEDED = {

@@ -8,7 +8,6 @@ from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
-from ansible.plugins.loader import connection_loader
 from ansible_collections.fleet.portknock.plugins.connection.knock_ssh import Connection
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
@@ -20,6 +19,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     resolve,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import knock_ssh_of
 
 _BANNER_SECONDS = 1.0
 _ARGUMENTS = {
@@ -43,25 +43,10 @@ class ActionModule(ActionBase):
         result = super().run(tmp, task_vars)
         _unused, arguments = self.validate_argument_spec(argument_spec=_ARGUMENTS)
         try:
-            result.update(self._knock(arguments, self._ssh(task_vars or {})))
+            result.update(self._knock(arguments, knock_ssh_of(self, task_vars or {})))
         except PortknockError as exc:
             raise AnsibleActionFail(str(exc)) from None
         return result
-
-    def _ssh(self, task_vars: dict[str, Any]) -> Connection:
-        """The connection that knows this host's destination and keyring, whichever one the task has."""
-        if isinstance(self._connection, Connection) and not self._task.delegate_to:
-            return self._connection
-        connection = connection_loader.get("fleet.portknock.knock_ssh", self._play_context, "/dev/null")
-        # As core's executor does it: a task's timeout and retries are not the connection's. The host that is meant is
-        # the task's own, wherever the task is delegated to.
-        task_keys = {**self._task.dump_attrs(), "timeout": self._play_context.timeout}
-        del task_keys["retries"], task_keys["delegate_to"]
-        connection.set_options(
-            task_keys=task_keys,
-            var_options=connection._resolve_option_variables(task_vars, self._templar),
-        )
-        return connection
 
     def _knock(self, arguments: dict[str, Any], ssh: Connection) -> dict[str, Any]:
         if arguments["timeout"] <= 0:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible import constants
-from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure, AnsibleError
+from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
@@ -18,6 +18,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateS
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import check_operators
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import Address, resolve
 from ansible_collections.fleet.portknock.plugins.module_utils._phases import is_trusted
+from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import knock_ssh_of
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination
 from ansible_collections.fleet.portknock.plugins.plugin_utils._gate_texts import gate_texts, with_throwaway_secrets
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import keyring_options, open_keyring
@@ -89,7 +90,7 @@ class ActionModule(ActionBase):
             "wanted": gate_texts(templates, self._backend(), settings, operators, entry, found),
         }
         if not self._task.check_mode:
-            destination = self._destination()
+            destination = knock_ssh_of(self, self._vars).destination()
             self._check_way_in(settings, destination, found)
             addresses = self._addresses(destination)
             others = further_addresses(addresses, found["ipv6_addresses"])
@@ -121,7 +122,7 @@ class ActionModule(ActionBase):
         if outcome.get("failed") or not outcome.get("on_trial"):
             return outcome
         try:
-            destination = self._destination()
+            destination = knock_ssh_of(self, self._vars).destination()
             prove_removed(self._addresses(destination), destination.port, self._timeout())
         except (PortknockError, OSError) as exc:
             return self._rolled_back(payload, str(exc))
@@ -184,14 +185,6 @@ class ActionModule(ActionBase):
                 f"`ansible_connection: {_CONNECTION}` for this host in the inventory, or `connection:` in the play."
             )
 
-    def _destination(self) -> Destination:
-        if hasattr(self._connection, "destination"):
-            return self._connection.destination()
-        return Destination(host=self._address_without_ssh(), port=int(self._vars.get("ansible_port") or 22))
-
-    def _address_without_ssh(self) -> str:
-        return str(self._templar.template(self._vars.get("ansible_host")) or self._vars["inventory_hostname"])
-
     def _addresses(self, destination: Destination) -> list[Address]:
         return resolve(destination.host, destination.port, destination.family)
 
@@ -221,17 +214,22 @@ class ActionModule(ActionBase):
 
     def _confirm(self, payload: dict[str, Any]) -> dict[str, Any] | None:
         """Confirm over a connection made for it; None when that worked."""
+        former: Any = self._connection
+        fresh = knock_ssh_of(self, self._vars) if former.transport in _SSH_TRANSPORTS else None
         try:
-            self._connection.fresh = True
+            if fresh is not None:
+                fresh.set_become_plugin(former.become)
+                fresh.fresh = True
+                self._connection = fresh
             outcome = self._phase("confirm", payload)
-        except (AnsibleConnectionFailure, AnsibleError) as exc:
-            self._connection.fresh = False
-            return self._rolled_back(payload, f"Not confirmed: no fresh connection could be made ({exc}).")
+            problem = str(outcome["msg"]) if outcome.get("failed") else None
+        except AnsibleError as exc:
+            problem = f"no fresh connection could be made ({exc})."
         finally:
-            self._connection.fresh = False
-        if outcome.get("failed"):
-            return self._rolled_back(payload, f"Not confirmed: {outcome.get('msg')}")
-        return None
+            if fresh is not None:
+                fresh.fresh = False
+            self._connection = former
+        return self._rolled_back(payload, f"Not confirmed: {problem}") if problem else None
 
     def _rolled_back(self, payload: dict[str, Any], reason: str) -> dict[str, Any]:
         """Bring the host back now if the old connection still serves; else its timer does."""

@@ -42,6 +42,7 @@ class ActionModule(ActionBase):
 
     _supports_check_mode = True
     _supports_async = False
+    _connection: Any
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result: dict[str, Any] = super().run(tmp, task_vars)
@@ -214,7 +215,7 @@ class ActionModule(ActionBase):
 
     def _confirm(self, payload: dict[str, Any]) -> dict[str, Any] | None:
         """Confirm over a connection made for it; None when that worked."""
-        former: Any = self._connection
+        former = self._connection
         fresh = knock_ssh_of(self, self._vars) if former.transport in _SSH_TRANSPORTS else None
         try:
             if fresh is not None:

@@ -46,6 +46,7 @@ BANNER = b"SSH-2.0-test\r\n"
 SILENCE = 1.0
 
 _CLONE_NEWNET = 0x40000000
+_TCP_REPAIR = 19
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -113,6 +114,7 @@ class Service:
     """Answers on one port of a namespace: tcp with a banner and then an echo, udp with an echo."""
 
     def __init__(self, where: Namespace, port: int, proto: str) -> None:
+        self._made_with = (where, port, proto)
         self._tcp = proto == "tcp"
         self._socket = where.socket(socket.AF_INET6, socket.SOCK_STREAM if self._tcp else socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -123,6 +125,10 @@ class Service:
         self._wake, self._stopper = socket.socketpair()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
+
+    def again(self) -> Service:
+        """The same service anew."""
+        return Service(*self._made_with)
 
     def _serve(self) -> None:
         while True:
@@ -151,9 +157,23 @@ class Service:
             data, peer = one.recvfrom(4096)
             one.sendto(data, peer)
 
+    def forget(self) -> None:
+        """End the service and its sessions without a packet, as a crash does: conntrack goes on believing in them."""
+        self._end()
+        for one in self._sessions:
+            one.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
+        self._close()
+
     def stop(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._end()
+            self._close()
+
+    def _end(self) -> None:
         self._stopper.send(b"x")
         self._thread.join()
+
+    def _close(self) -> None:
         for one in (*self._sessions, self._socket, self._wake, self._stopper):
             one.close()
 
@@ -249,8 +269,14 @@ class Lab:
 
     # What the host has.
 
-    def serve(self, port: int = SSH, proto: str = "tcp", where: Optional[Namespace] = None) -> None:
+    def serve(self, port: int = SSH, proto: str = "tcp", where: Optional[Namespace] = None) -> Service:
         self._services.append(Service(where or self.host, port, proto))
+        return self._services[-1]
+
+    def crash(self, service: int = 0) -> None:
+        """Let a service die without a packet, sessions and all, and start again."""
+        self._services[service].forget()
+        self._services[service] = self._services[service].again()
 
     def render(
         self,

@@ -77,16 +77,16 @@ def test_a_published_port_is_gated_by_name(docker: Lab, source: str, container: 
     assert (state, docker.look(source)) == ("open", "open")
     docker.host.nft("flush set inet fleet_portknock open4\nflush set inet fleet_portknock open6\n")
     assert docker.look(source, PUBLISHED) == closed
-    # Row 8: conntrack knows this flow and where it led.
-    docker.wire.drain()
-    for seq in (1, 2):
-        docker.wire.send(
-            network(source, docker.host_of(source)) / TCP(sport=sport, dport=PUBLISHED, flags="S", seq=seq)
-        )
-    answers = docker.wire.received(0.5, lambda _: False)
-    assert not any(TCP in answer and "S" in str(answer[TCP].flags) for answer in answers)
     session.send(b"hello")
     assert session.recv(100) == b"hello", "the session lives on"
+    # Row 8: conntrack knows this flow and where it led, also when its far end has forgotten it.
+    for crashed in (False, True):
+        if crashed:
+            docker.crash(-1)
+        docker.wire.drain()
+        docker.wire.send(network(source, docker.host_of(source)) / TCP(sport=sport, dport=PUBLISHED, flags="S", seq=1))
+        answers = docker.wire.received(0.5, lambda _: False)
+        assert not any(TCP in answer and "S" in str(answer[TCP].flags) for answer in answers)
 
 
 def test_a_session_to_a_published_port_older_than_the_gate(docker: Lab) -> None:

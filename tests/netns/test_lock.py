@@ -171,6 +171,8 @@ def test_the_same_flow_after_the_window(lab: Lab, source: str) -> None:
     assert _syn_acks(lab, [network(source, host) / TCP(sport=sport, dport=SSH, flags="S", seq=5)]) == 0
     session.send(b"hello")
     assert session.recv(100) == b"hello", "nor does a stray SYN cut the session"
+    lab.crash()
+    assert _syn_acks(lab, [network(source, host) / TCP(sport=sport, dport=SSH, flags="S", seq=7)]) == 0
 
 
 def test_progress_by_network_and_window_by_address(lab: Lab) -> None:

@@ -83,7 +83,7 @@ def test_untracked_packets(lab: Lab, probe: dict[str, object]) -> None:
     lab.host.nft(
         "table inet raw {\n"
         "chain pre { type filter hook prerouting priority -300; tcp dport 22 notrack; udp dport 51820 notrack; }\n"
-        "chain out { type filter hook output priority -300; tcp sport 22 notrack; udp sport 51820 notrack; }\n}\n"
+        "chain answers { type filter hook output priority -300; tcp sport 22 notrack; udp sport 51820 notrack; }\n}\n"
     )
     lab.gate(probe=probe)
     for source in SOURCES:

@@ -18,20 +18,17 @@ description:
 author:
   - fleet.portknock contributors (@fleet-portknock)
 extends_documentation_fragment:
+  - fleet.portknock.attributes
   - fleet.portknock.keyring.module
 attributes:
   check_mode:
-    description: Can run in C(check_mode) and return changed status prediction without modifying target.
     support: full
   diff_mode:
-    description: Will return details on what has changed (or possibly needs changing in C(check_mode)), when in diff mode.
     support: full
     details: Secret elements are shown as their number.
   idempotent:
-    description: When run twice in a row outside check mode, with the same arguments, the second invocation indicates no change.
     support: full
   async:
-    description: Supports being used with the C(async) keyword.
     support: none
     details: The arguments of an asynchronous task are kept in a file on the host.
 options:

@@ -13,15 +13,14 @@ description:
   - The result names no port of a knock sequence.
 author:
   - fleet.portknock contributors (@fleet-portknock)
+extends_documentation_fragment:
+  - fleet.portknock.attributes
 attributes:
   check_mode:
-    description: Can run in C(check_mode) and return changed status prediction without modifying target.
     support: full
   diff_mode:
-    description: Will return details on what has changed (or possibly needs changing in C(check_mode)), when in diff mode.
     support: none
   idempotent:
-    description: When run twice in a row outside check mode, with the same arguments, the second invocation indicates no change.
     support: full
 options:
   backend:

@@ -19,20 +19,16 @@ description:
 author:
   - fleet.portknock contributors (@fleet-portknock)
 extends_documentation_fragment:
+  - fleet.portknock.attributes
   - fleet.portknock.keyring.module
 attributes:
   check_mode:
-    description: Can run in C(check_mode) and return changed status prediction without modifying target.
     support: full
     details: Nothing is written, not even the folder.
   diff_mode:
-    description:
-      - Will return details on what has changed (or possibly needs changing in C(check_mode)), when in diff mode.
     support: full
     details: Sequences are shown as their length, source and time.
   idempotent:
-    description:
-      - When run twice in a row outside check mode, with the same arguments, the second invocation indicates no change.
     support: full
 options:
   state:

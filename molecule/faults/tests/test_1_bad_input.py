@@ -61,9 +61,12 @@ def test_no_vault_secret(fleet: Fleet, before: dict[str, dict[str, str]]) -> Non
     configuration = fleet.directory / "without-vault.cfg"
     kept = [line for line in (fleet.directory / "ansible.cfg").read_text().splitlines() if "vault" not in line]
     configuration.write_text("\n".join(kept) + "\n")
-    run = fleet.play("fleet.portknock.site", ANSIBLE_CONFIG=str(configuration))
+    keyring = fleet.directory / "never_made"
+    run = fleet.play(
+        "fleet.portknock.site", variables={"knock_keyring_dir": str(keyring)}, ANSIBLE_CONFIG=str(configuration)
+    )
     assert_stopped(fleet, before, run, "vault")
-    assert list((fleet.directory / "knock_keyring").glob("*.yml")) == []
+    assert not list(keyring.glob("**/*.yml"))
 
 
 @pytest.fixture

@@ -10,7 +10,10 @@ from lab import ROOT, Fleet
 
 HEAD = "table inet fleet_portknock {\n"
 # Names every port of the sequence in a line that does not parse.
-SPOILED = HEAD + "  set spoiled { type inet_service; elements = { {% for s in gate.steps[:6] %}{{ s.port }}x, {% endfor %} } }\n"
+SPOILED = (
+    HEAD
+    + "  set spoiled { type inet_service; elements = { {% for s in gate.steps[:6] %}{{ s.port }}x, {% endfor %} } }\n"
+)
 
 
 def test_refused_rules_change_nothing_and_tell_nothing(fleet: Fleet) -> None:

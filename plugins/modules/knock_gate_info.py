@@ -22,6 +22,8 @@ attributes:
     support: none
   idempotent:
     support: full
+  async:
+    support: full
 options:
   backend:
     description: The back end to look for.

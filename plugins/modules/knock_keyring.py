@@ -30,6 +30,8 @@ attributes:
     details: Sequences are shown as their length, source and time.
   idempotent:
     support: full
+  async:
+    support: none
 options:
   state:
     description:

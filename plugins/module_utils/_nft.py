@@ -30,6 +30,9 @@ def replace_transaction(table_text: str, existing: Optional[Mapping[str, Any]]) 
     """
     if existing is None:
         return table_text
+    if not any(kind == "set" and found["name"] in _OPEN_SETS for kind, found in _objects(existing)):
+        # Nothing to keep, and nft 0.9.8 crashes where it should put the gate in place of the table for a boot that fails.
+        return f"delete table inet {TABLE}\n{table_text}"
     lines = [f"flush table inet {TABLE}"]
     elements = []
     for kind, found in _objects(existing):

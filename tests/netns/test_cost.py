@@ -10,7 +10,7 @@ import time
 
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
-from netlab import CLIENT4, HOST4, SEQUENCE, Lab, network
+from netlab import CLIENT4, HOST4, NFT, SEQUENCE, Lab, network
 from scapy.layers.inet import TCP
 
 FIRST, SECOND, THIRD = SEQUENCE
@@ -131,4 +131,4 @@ def test_what_the_rules_write_is_given_back(lab: Lab) -> None:
         lab.touch(source, FIRST, Knock(40001, "tcp"), Knock(model["tripwires"][0], "udp"), *SEQUENCE)
         assert lab.look(source) == "open"
     for name in ("marked", "classed"):
-        assert "packets 0 " in lab.host.run("nft", "list", "counter", "inet", "spy", name)
+        assert "packets 0 " in lab.host.run(*NFT, "list", "counter", "inet", "spy", name)

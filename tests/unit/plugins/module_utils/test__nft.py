@@ -54,6 +54,11 @@ def test_without_a_table_the_text_is_all() -> None:
     assert replace_transaction(text(), None) == text()
 
 
+def test_a_table_without_windows_goes_as_a_whole(listing: dict[str, Any]) -> None:
+    listing["nftables"] = [entry for entry in listing["nftables"] if entry.get("set", {}).get("name") not in OPEN_SETS]
+    assert replace_transaction(text(), listing) == f"delete table inet {TABLE}\n{text()}"
+
+
 def test_everything_but_the_windows_goes(listing: dict[str, Any]) -> None:
     lines = replace_transaction(text(), listing).splitlines()
     assert lines[0] == f"flush table inet {TABLE}"

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -20,8 +20,10 @@ from ansible_collections.fleet.portknock.plugins.plugin_utils._rendering import 
 
 from . import conftest as acc
 from .conftest import Lab
+from .slow_path import SlowPath
 
 SEED = b"\x21" * 32
+NEAR, FAR = "198.18.78.1", "198.18.78.2"
 
 
 def own_gate(lab: Lab, **options: object) -> None:
@@ -31,11 +33,20 @@ def own_gate(lab: Lab, **options: object) -> None:
 
 
 @pytest.fixture
-def path(lab: Lab) -> Iterator[list[str]]:
-    """The words that set how the packets to the host travel; set back afterwards."""
-    device = lab.namespace.replace("-", "") + "a"
-    yield ["tc", "qdisc", "replace", "dev", device, "root", "netem"]
-    subprocess.run(["tc", "qdisc", "delete", "dev", device, "root"], capture_output=True, check=False)
+def path(lab: Lab) -> Iterator[SlowPath]:
+    """A second way to the host, by FAR."""
+    near, far = f"acc{os.getpid()}n", f"acc{os.getpid()}f"
+    slow = SlowPath(near, far)
+    try:
+        acc.run("ip", "link", "set", far, "netns", lab.namespace)
+        lab.inside("ip", "address", "add", FAR, "peer", NEAR, "dev", far)
+        lab.inside("ip", "link", "set", far, "up")
+        acc.run("ip", "address", "add", NEAR, "peer", FAR, "dev", near)
+        acc.run("ip", "link", "set", near, "up")
+        yield slow
+    finally:
+        # The devices go with their files.
+        slow.close()
 
 
 @pytest.mark.parametrize("host", [acc.SERVER4, acc.SERVER6])
@@ -58,25 +69,23 @@ def test_a_stale_sequence_is_no_hindrance(lab: Lab, guard: str) -> None:
 
 
 @pytest.mark.parametrize("guard", ["tripwires", "strict"])
-def test_packets_that_overtake_each_other(lab: Lab, path: list[str], guard: str) -> None:
+def test_packets_that_overtake_each_other(lab: Lab, path: SlowPath, guard: str) -> None:
     """With 1 to 9 ms on the way, some of ten back-to-back rounds arrive out of order; each opens in the end."""
     own_gate(lab, guard=guard)
-    if subprocess.run([*path, "delay", "5ms", "4ms"], capture_output=True, check=False).returncode:
-        pytest.skip("this kernel can't delay packets")
+    path.delay(0.001, 0.009)
     attempts = []
     for _round in range(10):
         lab.inside("nft", "flush", "set", "inet", "fleet_portknock", "open4")
-        result = knock_until_open(resolve(acc.SERVER4, acc.PORT), acc.RIGHT, acc.PORT, 20)
+        result = knock_until_open(resolve(FAR, acc.PORT), acc.RIGHT, acc.PORT, 20)
         assert result.state == "open"
         attempts.append(result.attempts)
     assert max(attempts) > 1
 
 
-def test_a_path_that_is_slower_than_a_round(lab: Lab, path: list[str]) -> None:
+def test_a_path_that_is_slower_than_a_round(lab: Lab, path: SlowPath) -> None:
     own_gate(lab)
-    if subprocess.run([*path, "delay", "600ms"], capture_output=True, check=False).returncode:
-        pytest.skip("this kernel can't delay packets")
-    assert knock_until_open(resolve(acc.SERVER4, acc.PORT), acc.RIGHT, acc.PORT, 20).state == "open"
+    path.delay(0.6, 0.6)
+    assert knock_until_open(resolve(FAR, acc.PORT), acc.RIGHT, acc.PORT, 20).state == "open"
 
 
 def test_a_path_that_loses_packets(lab: Lab) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, loose_warning, settings_from
-from ansible_collections.fleet.portknock.plugins.module_utils._keyring import check_operators
+from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets, check_operators
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import Address, resolve
 from ansible_collections.fleet.portknock.plugins.module_utils._phases import is_trusted
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import knock_ssh_of
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination
 from ansible_collections.fleet.portknock.plugins.plugin_utils._gate_texts import gate_texts, with_throwaway_secrets
-from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import keyring_options, open_keyring
+from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import Keyring, keyring_options, open_keyring
 from ansible_collections.fleet.portknock.plugins.plugin_utils._proof import (
+    Proof,
+    Subject,
     further_addresses,
     prove,
     prove_removed,
@@ -33,8 +37,19 @@ from ansible_collections.fleet.portknock.plugins.plugin_utils._proof import (
 display = Display()
 
 _CONNECTION = "fleet.portknock.knock_ssh"
-_SSH_TRANSPORTS = ("ssh", "paramiko", "paramiko_ssh", "smart")
 _SHORTEST_TRIAL, _LONGEST_TRIAL = 10, 3600
+
+
+class _Opaque(str):
+    """A text that core's debug output, which shows a module's arguments, shows nothing of."""
+
+    def __repr__(self) -> str:
+        return "(secret)"
+
+
+def _is_ssh(connection: Any) -> bool:
+    """Whether the connection goes to the host's ssh port: core's plugins, libssh, and whatever else is named for it."""
+    return "ssh" in connection.transport or connection.transport in ("paramiko", "smart")
 
 
 class ActionModule(ActionBase):
@@ -90,24 +105,27 @@ class ActionModule(ActionBase):
             "trusted": [*settings.trusted4, *settings.trusted6],
             "wanted": gate_texts(templates, self._backend(), settings, operators, entry, found),
         }
-        if not self._task.check_mode:
-            destination = knock_ssh_of(self, self._vars).destination()
-            self._check_way_in(settings, destination, found)
-            addresses = self._addresses(destination)
-            others = further_addresses(addresses, found["ipv6_addresses"])
-            payload["sources"] = sources_towards([*addresses, *others])
+        destination = knock_ssh_of(self, self._vars).destination()
+        self._check_way_in(settings, destination, found)
+        addresses = self._addresses(destination)
+        others = further_addresses(addresses, found["ipv6_addresses"])
+        payload["sources"] = sources_towards([*addresses, *others])
         outcome = self._phase("apply", payload)
-        if outcome.get("failed") or not outcome.get("on_trial"):
+        if outcome.get("failed"):
+            return outcome
+        if not outcome.get("on_trial"):
+            if not outcome["changed"]:
+                # Whatever an earlier run still had to note when it died: the host has what the entry wants.
+                self._promote(keyring, host, entry)
             return outcome
         try:
-            proof = prove(subject_of(settings, addresses, others, outcome, self._timeout()), knocks)
+            proof = self._prove(destination, subject_of(settings, addresses, others, outcome, self._timeout()), knocks)
         except (PortknockError, OSError) as exc:
-            return self._rolled_back(payload, str(exc))
-        confirmed = self._confirm(payload)
-        if confirmed is not None:
-            return confirmed
-        if entry.promoted() != entry:
-            keyring.promote(host)
+            return self._rolled_back(payload, str(exc)) or self._shown(outcome)
+        failure = self._confirm(payload)
+        if failure is not None:
+            return failure
+        self._promote(keyring, host, entry)
         for note in proof.notes:
             display.warning(f"{host}: {note}")
         if self._connection.ansible_name == _CONNECTION and not self._vars["hostvars"][host].get("ansible_connection"):
@@ -119,15 +137,34 @@ class ActionModule(ActionBase):
 
     def _remove(self) -> dict[str, Any]:
         payload = {"run": self._run_id, "seconds": self._seconds()}
+        destination = knock_ssh_of(self, self._vars).destination()
         outcome = self._phase("apply", payload)
         if outcome.get("failed") or not outcome.get("on_trial"):
             return outcome
         try:
-            destination = knock_ssh_of(self, self._vars).destination()
-            prove_removed(self._addresses(destination), destination.port, self._timeout())
+            if not destination.proxied:
+                prove_removed(self._addresses(destination), destination.port, self._timeout())
         except (PortknockError, OSError) as exc:
-            return self._rolled_back(payload, str(exc))
+            return self._rolled_back(payload, str(exc)) or self._shown(outcome)
         return self._confirm(payload) or self._shown(outcome)
+
+    @staticmethod
+    def _prove(destination: Destination, subject: Subject, knocks: Sequence[Knock]) -> Proof:
+        if destination.proxied:
+            # Only let through where the jump host is a trusted source; the fresh connection is all there is.
+            return Proof(notes=["Not proved from outside: the host is reached through a ProxyJump or ProxyCommand."])
+        return prove(subject, knocks)
+
+    def _promote(self, keyring: Keyring, host: str, entry: HostSecrets) -> None:
+        """Note in the keyring that the host has the sequences that were next. The gate stands whether or not that works."""
+        if self._task.check_mode or entry.promoted() == entry:
+            return
+        try:
+            keyring.promote(host)
+        except PortknockError as exc:
+            display.warning(
+                f"{host}: the gate is confirmed, and the next run of the role will note it in the keyring: {exc}"
+            )
 
     def _backend(self) -> str:
         return str(self._task.args.get("backend", "nftables"))
@@ -180,7 +217,7 @@ class ActionModule(ActionBase):
                 "another address than the connection, so the gate was not closed. Make the jump host's address one of "
                 "knock_server_trusted_sources, or run the play on the jump host."
             )
-        if self._connection.transport in _SSH_TRANSPORTS and self._connection.ansible_name != _CONNECTION:
+        if _is_ssh(self._connection) and self._connection.ansible_name != _CONNECTION:
             raise PortknockError(
                 f"The gate would close port {destination.port}/tcp to this very connection, which does not knock: set "
                 f"`ansible_connection: {_CONNECTION}` for this host in the inventory, or `connection:` in the play."
@@ -207,16 +244,16 @@ class ActionModule(ActionBase):
             "state": self._task.args.get("state", "applied"),
             "backend": self._backend(),
             "phase": phase,
-            "payload": json.dumps(payload),
+            "payload": _Opaque(json.dumps(payload)),
         }
         return self._execute_module(
             module_name="fleet.portknock.knock_gate", module_args=arguments, task_vars=self._vars
         )
 
     def _confirm(self, payload: dict[str, Any]) -> dict[str, Any] | None:
-        """Confirm over a connection made for it; None when that worked."""
+        """Confirm over a connection made for it; returns the failure, None when it worked."""
         former = self._connection
-        fresh = knock_ssh_of(self, self._vars) if former.transport in _SSH_TRANSPORTS else None
+        fresh = knock_ssh_of(self, self._vars) if _is_ssh(former) else None
         try:
             if fresh is not None:
                 fresh.set_become_plugin(former.become)
@@ -232,20 +269,25 @@ class ActionModule(ActionBase):
             self._connection = former
         return self._rolled_back(payload, f"Not confirmed: {problem}") if problem else None
 
-    def _rolled_back(self, payload: dict[str, Any], reason: str) -> dict[str, Any]:
-        """Bring the host back now if the old connection still serves; else its timer does."""
+    def _rolled_back(self, payload: dict[str, Any], reason: str) -> dict[str, Any] | None:
+        """Bring the host back now if the old connection still serves; else its timer does.
+
+        :returns: the failure; None where the host says that it has the change confirmed: only the answer was lost.
+        """
         try:
-            restored = bool(self._phase("rollback", payload).get("restored"))
+            outcome = self._phase("rollback", payload).get("outcome")
         except AnsibleError:
-            restored = False
+            outcome = None
+        if outcome == "confirmed":
+            return None
         how = (
             "The host has gone back to what it had."
-            if restored
+            if outcome == "restored"
             else f"The host goes back to what it had by itself, at most {payload['seconds']} s after the change."
         )
-        return {"failed": True, "changed": False, "rolled_back": restored, "msg": f"{reason} {how}"}
+        return {"failed": True, "changed": False, "rolled_back": outcome == "restored", "msg": f"{reason} {how}"}
 
     @staticmethod
     def _shown(outcome: dict[str, Any]) -> dict[str, Any]:
-        internal = ("on_trial", "source_trusted", "ports_in_use")
+        internal = ("on_trial", "source_trusted", "ports_in_use", "listeners")
         return {key: value for key, value in outcome.items() if key not in internal}

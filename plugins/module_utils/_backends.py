@@ -8,7 +8,6 @@ compared with what the kernel has, and taken away again; keeping them, trying th
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, Optional
 
@@ -16,7 +15,9 @@ from ansible_collections.fleet.portknock.plugins.module_utils._errors import Por
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
     TABLE,
     close_window,
+    is_dormant,
     listing_digest,
+    read_listing,
     replace_transaction,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import Peer
@@ -52,7 +53,8 @@ _WANTED = {
 }
 # The kernel's reasons for refusing a rule; nft prints them after this phrase, and nothing of the rule with them.
 _KERNEL_REASON = re.compile(r"Could not process rule: ([A-Za-z ,'-]+)")
-_LISTING = '{"nftables"'
+_NO_TABLE = "No such file or directory"
+_NOT_INSTALLED = 127
 _LINE = re.compile(r"^[^\n:]*:([0-9]+):[0-9]+", re.MULTILINE)
 
 
@@ -107,17 +109,27 @@ class Nftables:
         return text if found else None
 
     def listing(self) -> Optional[dict[str, Any]]:
-        """The kernel's table as ``nft -j`` lists it; None where there is none."""
+        """The kernel's table as ``nft -j`` lists it; None where there is none.
+
+        :raises PortknockError: nft does not say. To take that for an empty kernel would load the gate on top of another.
+        """
         done = self._run([self.program, "-j", "list", "table", "inet", TABLE], None)
-        if done.code != 0:
+        if done.code == _NOT_INSTALLED or (done.code != 0 and _NO_TABLE in done.stderr):
             return None
-        # nft 0.9.8 prints warnings of its own before the listing.
-        start = done.stdout.find(_LISTING)
-        try:
-            listing = json.loads(done.stdout[start:]) if start >= 0 else None
-        except ValueError:
-            return None
-        return listing if isinstance(listing, dict) else None
+        listing = read_listing(done.stdout) if done.code == 0 else None
+        if listing is None:
+            raise PortknockError(f"nft can't list the gate's table ({_cause(done)}).")
+        return listing
+
+    def kernel_text(self) -> Optional[str]:
+        """The kernel's table as rules that can be loaded again; None where there is none or it can't be listed."""
+        done = self._run([self.program, "list", "table", "inet", TABLE], None)
+        start = done.stdout.find(f"table inet {TABLE} ")
+        return done.stdout[start:] if done.code == 0 and start >= 0 else None
+
+    def accepts(self, text: str) -> bool:
+        """Whether nft and the kernel would load what is kept on disk (see :meth:`boot_text`)."""
+        return self._run([self.program, "-c", "-f", "-"], text).code == 0
 
     def digest(self, listing: dict[str, Any]) -> str:
         """A digest of what the table says, apart from what comes and goes in it."""
@@ -128,7 +140,11 @@ class Nftables:
 
         :raises PortknockError: the kernel refuses it; then nothing has changed.
         """
-        done = self._run([self.program, "-f", "-"], replace_transaction(text, listing))
+        # A table that somebody has set dormant can't be changed rule by rule.
+        whole = listing is None or is_dormant(listing)
+        done = self._run(
+            [self.program, "-f", "-"], self.boot_text(text) if whole else replace_transaction(text, listing)
+        )
         if done.code != 0:
             raise PortknockError(f"The gate can't be loaded: nft refuses it ({_cause(done)}).")
 
@@ -173,7 +189,7 @@ def back_end(name: str, run: Runner = run_program) -> Nftables:
 
 
 def _cause(done: Completed) -> str:
-    if done.code == 127:
+    if done.code == _NOT_INSTALLED:
         return "it is not installed"
     line = _LINE.search(done.stderr)
     where = f"line {line.group(1)}: " if line else ""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import AbstractSet, Optional, Union
@@ -30,7 +29,6 @@ MOST_TRIPWIRES = 20000
 LARGEST_SET = 2**24
 
 _OPTION = "knock_server_"
-_OPERATOR = re.compile(r"[A-Za-z0-9._@-]{1,64}", re.ASCII)
 _ALL_PORTS = 65535
 
 # Progress and what a packet does to it, as the rules' scratch register holds it (a traffic class, major:minor in hex).
@@ -114,7 +112,7 @@ def build_model(
     :param sequences: the sequences that open, by operator.
     :param avoid: ports that are in use on the host: neither a tripwire nor a stand-in is made of them.
     :param probe: what the host can do: ``socket_wildcard`` (nft and kernel can tell a listening socket from another).
-    :raises PortknockError: sequences that can't be told apart, or that hold a protected port; a bad operator name.
+    :raises PortknockError: sequences that can't be told apart, or that hold a protected port.
     """
     steps = _automaton(settings, sequences)
     in_sequences = {knock.port for several in sequences.values() for knocks in several for knock in knocks}
@@ -241,10 +239,6 @@ def _automaton(settings: GateSettings, sequences: Mapping[str, Sequence[Sequence
         steps.append({"state": state, "proto": knock.proto, "port": knock.port, "next": follows})
 
     for operator in sorted(sequences):
-        if not _OPERATOR.fullmatch(operator):
-            raise PortknockError(
-                f"{_OPTION}operators: expected names of up to 64 letters, digits and . _ @ -; got {operator!r}."
-            )
         for knocks in sequences[operator]:
             if not knocks or len(set(knocks)) != len(knocks):
                 raise PortknockError(f"{option}: expected each port of {operator}'s sequence once, and one at least.")

@@ -22,6 +22,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._system import (
     read_text,
     remove_file,
     sync_folder,
+    temporary_path,
     write_text,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._system import (
@@ -61,6 +62,7 @@ class Found(NamedTuple):
     state: Mapping[str, Any]
     closed: Optional[str]
     unit: Optional[str]
+    is_on_disk: bool
     private: bool
     enabled: bool
     listing: Optional[dict[str, Any]]
@@ -104,6 +106,7 @@ class GateHost:
             state=state,
             closed=read_text(self._closed),
             unit=read_text(self._unit),
+            is_on_disk=text is not None,
             private=text is None or _is_private(self._config, self._gate, self._closed),
             enabled=all(os.path.islink(link) for link in self._links()),
             listing=self._backend.listing(),
@@ -124,7 +127,7 @@ class GateHost:
         ):
             if before != after:
                 differences.append(Difference(path, *masked(before or "", after)))
-        if found.gate is not None:
+        if found.is_on_disk:
             differences.extend(self._state_differences(wanted, found))
         kernel = self._kernel_difference(found)
         if kernel:
@@ -142,87 +145,99 @@ class GateHost:
     def apply(self, wanted: Wanted, found: Found, run: str, seconds: int) -> None:
         """Arm the way back, then load the wanted gate. The trial's lock must be held.
 
-        :raises PortknockError: nothing has changed.
+        :raises PortknockError: nothing has changed, or the way back is armed.
         """
         self.check(wanted)
-        self._begin(run, seconds, self._boot_text(wanted, ""), found)
-        try:
-            self._backend.load(wanted.gate, found.listing)
-        except PortknockError:
-            self.trial.end(run)
-            raise
+        committed = f"cmp -s {shlex.quote(self._gate)} {shlex.quote(self.trial.path('committed'))}"
+        self._begin(run, seconds, committed, found, wanted.closed)
+        self._backend.load(wanted.gate, found.listing)
+        listing = self._backend.listing()
+        write_text(self.trial.path("loaded"), self._backend.digest(listing) if listing else "", 0o600)
 
     def confirm(self, wanted: Wanted, run: str) -> None:
         """Make the loaded gate the one that a reboot brings back, then disarm. The trial's lock must be held.
 
-        :raises PortknockError: the trial has ended, or the gate is no longer loaded.
+        :raises PortknockError: the trial has ended, or what is loaded is not what was loaded for it.
         """
         self.trial.require(run)
         listing = self._backend.listing()
-        if listing is None:
-            raise PortknockError("The gate on trial is no longer loaded: another program has taken it away.")
+        digest = self._backend.digest(listing) if listing else None
+        if digest is None or digest != read_text(self.trial.path("loaded")):
+            raise PortknockError("The gate on trial is no longer loaded as it was: another program has changed it.")
         _make_private_folder(self._config)
         write_text(self._closed, wanted.closed, 0o600)
         write_text(self._unit, wanted.unit, 0o644)
         self._systemctl("daemon-reload")
         self._systemctl("enable", UNIT)
-        # The digest is taken of what was proved, so that whatever changes it later is seen.
-        text = self._boot_text(wanted, self._backend.digest(listing))
+        for link in self._links():
+            sync_folder(os.path.dirname(link))
+        text = self._boot_text(wanted, digest)
         write_text(self.trial.path("committed"), text, 0o600)
         write_text(self._gate, text, 0o600)
-        self.trial.end(run)
+        self.trial.end()
 
     def take_away(self, found: Found, run: str, seconds: int) -> None:
         """Arm the way back, then take the gate out of the kernel. The trial's lock must be held."""
-        self._begin(run, seconds, None, found)
-        try:
-            self._backend.unload()
-        except PortknockError:
-            self.trial.end(run)
-            raise
+        gate, marker = shlex.quote(self._gate), shlex.quote(self.trial.path("committed"))
+        self._begin(run, seconds, f"[ ! -e {gate} ]" if found.is_on_disk else f"[ -e {marker} ]", found, found.closed)
+        self._backend.unload()
 
     def confirm_away(self, run: str) -> None:
         """Remove what is left of the gate, then disarm. The trial's lock must be held."""
         self.trial.require(run)
         remove_file(self._gate)
-        self.remove_files()
-        self.trial.end(run)
+        self._remove_files()
+        write_text(self.trial.path("committed"), "", 0o600)
+        self.trial.end()
 
-    def remove_files(self) -> None:
-        """Remove everything on disk but ``gate.nft`` itself, which is the moment of commitment."""
+    def forget(self) -> None:
+        """Remove the run-time folder: the last trace of a gate that was taken away."""
+        shutil.rmtree(self.trial.folder, ignore_errors=True)
+
+    def _remove_files(self) -> None:
+        """Remove everything on disk but ``gate.nft`` itself, whose removal is the moment of commitment."""
         if os.path.exists(self._unit) or any(os.path.islink(link) for link in self._links()):
             self._systemctl("disable", UNIT)
             remove_file(self._unit)
             self._systemctl("daemon-reload")
         shutil.rmtree(self._config, ignore_errors=True)
 
-    def forget(self) -> None:
-        """Remove the run-time folder: the last trace of a gate that was taken away."""
-        shutil.rmtree(self.trial.folder, ignore_errors=True)
-
-    def _begin(self, run: str, seconds: int, committed: Optional[str], found: Found) -> None:
-        # The confirmed file is the way back even where the kernel has lost it or somebody changed it there: coming
-        # back without a gate would leave the port open.
-        former = read_text(self._gate)
-        path = shlex.quote(self.trial.path("former.nft"))
-        gate = shlex.quote(self._gate)
-        commands = [self._backend.restore_command(path)]
-        texts = {"former.nft": former if former is not None else self._backend.unload_text()}
+    def _begin(self, run: str, seconds: int, committed: str, found: Found, closed: Optional[str]) -> None:
+        texts = {"former.nft": self._way_back(found, closed)}
         # A confirmation that died half-way has written these already.
+        commands = []
         for name, target in (("former.closed", self._closed), ("former.unit", self._unit)):
             text = read_text(target)
-            if former is not None and text is not None:
+            if text is None:
+                commands.append(f"rm -f {shlex.quote(target)}")
+            else:
                 texts[name] = text
-                commands.append(f"cp {shlex.quote(self.trial.path(name))} {shlex.quote(target)}")
-        if former is None:
-            commands.append(
-                f"rm -rf {' '.join(shlex.quote(left) for left in (*self._links(), self._unit, self._config))}"
-            )
-        restore = " && ".join(commands)
-        is_committed = (
-            f"[ ! -e {gate} ]" if committed is None else f"cmp -s {gate} {shlex.quote(self.trial.path('committed'))}"
-        )
-        self.trial.begin(run, seconds, restore, is_committed, texts)
+                former = shlex.quote(self.trial.path(name))
+                commands.append(f"{{ cmp -s {former} {shlex.quote(target)} || cp {former} {shlex.quote(target)}; }}")
+        left = [link for link in self._links() if not os.path.islink(link)]
+        left += [temporary_path(target) for target in (self._gate, self._closed, self._unit)]
+        commands.append(f"rm -f {' '.join(map(shlex.quote, left))}")
+        if not os.path.isdir(self._config):
+            commands.append(f"rm -rf {shlex.quote(self._config)}")
+        load = self._backend.restore_command(shlex.quote(self.trial.path("former.nft")))
+        self.trial.begin(run, seconds, load, " && ".join(commands), committed, texts)
+
+    def _way_back(self, found: Found, closed: Optional[str]) -> str:
+        """What brings the former state of the kernel back.
+
+        The confirmed file, even where the kernel has lost it or somebody changed it there: coming back without a gate
+        would leave the port open. Where there is none that loads, what the kernel has; and where a gate was wanted and
+        neither is to be had, the closed table.
+        """
+        former = read_text(self._gate)
+        if former is not None and self._backend.accepts(former):
+            return former
+        kernel = self._backend.kernel_text() if found.listing is not None else None
+        if kernel is not None and self._backend.accepts(self._backend.boot_text(kernel)):
+            return self._backend.boot_text(kernel)
+        if former is not None and closed is not None:
+            return self._backend.boot_text(closed)
+        return self._backend.unload_text()
 
     def _boot_text(self, wanted: Wanted, digest: str) -> str:
         state = {
@@ -287,9 +302,12 @@ def _is_private(*paths: str) -> bool:
 
 
 def _make_private_folder(path: str) -> None:
-    os.makedirs(path, mode=0o700, exist_ok=True)
-    os.chmod(path, 0o700)
-    sync_folder(os.path.dirname(path))
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        os.chmod(path, 0o700)
+        sync_folder(os.path.dirname(path))
+    except OSError as exc:
+        raise PortknockError(f"{path}: expected to be able to make it; got {exc.strerror}.") from None
 
 
 __all__ = (

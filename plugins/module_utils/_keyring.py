@@ -157,6 +157,7 @@ class HostSecrets:
             *((name, entry.current.knocks) for name, entry in active),
             *((name, entry.next.knocks) for name, entry in active if entry.next is not None),
             *((name, entry.current.knocks) for name, entry in chosen if not entry.active),
+            *((name, entry.next.knocks) for name, entry in chosen if not entry.active and entry.next is not None),
         ]
 
     def wanted(self, operators: Sequence[str]) -> dict[str, list[tuple[Knock, ...]]]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from typing import Match
+from typing import Iterator, Match
 
 # Sets that hold what the inventory says openly. Whatever isn't named here is masked, so that a new set starts secret.
 PUBLIC_SETS = frozenset({"protected_tcp", "protected_udp", "trusted4", "trusted6"})
@@ -13,6 +13,8 @@ _SET = re.compile(
     r"(?P<kind>\b(?:set|map)\s+)(?P<name>[A-Za-z0-9_]+)"
     r"(?P<head>\s*\{(?:[^{}]|\{[^{}]*\})*?elements\s*=\s*\{)(?P<elements>[^{}]*)\}"
 )
+
+_NUMBER = re.compile(r"(?<![\w.])[0-9]{4,5}(?![\w.])")
 
 
 def masked(before: str, after: str) -> tuple[str, str]:
@@ -31,7 +33,19 @@ def masked(before: str, after: str) -> tuple[str, str]:
         changed = match.group("name") in old and old[match.group("name")] != _split(match)
         return hidden.replace("secret elements", "other secret elements") if changed else hidden
 
-    return _SET.sub(hide, before), _SET.sub(hide_and_compare, after)
+    # A template of the user's own may say them in a rule, too.
+    secret = {number for text in (before, after) for number in _secret_numbers(text)}
+
+    def hide_number(match: Match[str]) -> str:
+        return "(secret)" if match.group(0) in secret else match.group(0)
+
+    return _NUMBER.sub(hide_number, _SET.sub(hide, before)), _NUMBER.sub(hide_number, _SET.sub(hide_and_compare, after))
+
+
+def _secret_numbers(text: str) -> Iterator[str]:
+    for match in _SET.finditer(text):
+        if match.group("name") not in PUBLIC_SETS:
+            yield from _NUMBER.findall(match.group("elements"))
 
 
 def _split(match: Match[str]) -> list[str]:

@@ -67,6 +67,11 @@ def read_listing(output: str) -> Optional[dict[str, Any]]:
     return listing if isinstance(listing, dict) else None
 
 
+def is_dormant(listing: Mapping[str, Any]) -> bool:
+    """Whether the table has flags: the gate's has none, and one that is dormant lets everything pass."""
+    return any(kind == "table" and found.get("flags") for kind, found in _objects(listing))
+
+
 def normalise(listing: Mapping[str, Any]) -> str:
     """The listing of a table as text that is the same for every load of the same rules by the same version of nft.
 
@@ -155,4 +160,4 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-__all__ = ("TABLE", "close_window", "listing_digest", "normalise", "read_listing", "replace_transaction")
+__all__ = ("TABLE", "close_window", "is_dormant", "listing_digest", "normalise", "read_listing", "replace_transaction")

@@ -13,6 +13,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
     Peer,
     ports_in_use,
     ssh_peer,
+    tcp_listeners,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
@@ -40,8 +41,7 @@ def run_phase(
     host = GateHost(enforcer, root, run)
     identity = str(payload["run"])
     if phase == "rollback":
-        host.trial.restore()
-        return {"changed": False, "restored": host.trial.pending() is None}
+        return {"changed": False, "outcome": host.trial.restore(identity)}
     wanted = Wanted(**payload["wanted"]) if state == "applied" else None
     if phase == "confirm":
         with host.trial.turn(identity):
@@ -54,12 +54,14 @@ def run_phase(
 
     if check_mode:
         return _plan(host, wanted, host.inspect())
+    # ssh repeats a command whose connection was cut: what the first one did is undone.
+    host.trial.restore(identity)
     try:
         with host.trial.turn(identity):
             return _begin(host, enforcer, wanted, payload, pid)
     except BaseException:
         # Whatever went wrong after the way back was armed, it need not wait for the timer.
-        host.trial.restore()
+        host.trial.restore(identity)
         raise
 
 
@@ -87,13 +89,14 @@ def _begin(
         on_trial=True,
         source_trusted=is_trusted(peer.address if peer else None, payload.get("trusted", ())),
         ports_in_use=[str(knock) for knock in ports_in_use()],
+        listeners=tcp_listeners(),
     )
     return result
 
 
 def is_trusted(address: Optional[str], trusted: Sequence[str]) -> bool:
     """Whether a gate with these trusted sources (CIDRs) lets the address in without a knock."""
-    if address is None:
+    if not address:
         return False
     source = ipaddress.ip_address(address)
     return any(

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from typing import Iterator, NamedTuple, Optional
+import sys
+from typing import Iterator, NamedTuple, Optional, Union
 
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 
@@ -34,6 +35,21 @@ def ports_in_use(proc: str = "/proc") -> list[Knock]:
     return sorted(found)
 
 
+def tcp_listeners(proc: str = "/proc") -> dict[str, list[int]]:
+    """The tcp ports on which a service can be reached from outside, by family (``inet``, ``inet6``), sorted.
+
+    A socket on ``::`` counts for both families: whether it is for IPv6 alone, /proc does not say.
+    """
+    found: dict[str, set[int]] = {"inet": set(), "inet6": set()}
+    for table in ("tcp", "tcp6"):
+        for fields in _rows(os.path.join(proc, "net", table)):
+            if len(fields) > 3 and fields[3] == _WAITING["tcp"]:
+                address, _colon, port = fields[1].rpartition(":")
+                for family in _families(_address(address)):
+                    found[family].add(int(port, 16))
+    return {family: sorted(ports) for family, ports in found.items()}
+
+
 def global_ipv6_addresses(proc: str = "/proc") -> list[str]:
     """The host's global IPv6 addresses, sorted."""
     rows = _rows(os.path.join(proc, "net", "if_inet6"), skip=0)
@@ -59,8 +75,34 @@ def ssh_peer(pid: int, proc: str = "/proc") -> Optional[Peer]:
             name, _equals, value = entry.partition(b"=")
             if name == b"SSH_CONNECTION" and value:
                 address, _percent, interface = value.split()[0].decode("ascii", "replace").partition("%")
-                return Peer(address, interface or None)
+                return Peer(address, interface or None) if _is_address(address) else None
     return None
+
+
+def _address(text: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address]:
+    """An address as /proc/net/tcp writes it: hexadecimal words in the machine's byte order."""
+    words = bytes.fromhex(text)
+    if sys.byteorder == "little":
+        words = b"".join(words[start : start + 4][::-1] for start in range(0, len(words), 4))
+    return ipaddress.ip_address(words)
+
+
+def _families(address: Union[ipaddress.IPv4Address, ipaddress.IPv6Address]) -> tuple[str, ...]:
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+        address = address.ipv4_mapped
+    if address.is_loopback:
+        return ()
+    if isinstance(address, ipaddress.IPv4Address):
+        return ("inet",)
+    return ("inet", "inet6") if address.is_unspecified else ("inet6",)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _rows(path: str, skip: int = 1) -> Iterator[list[str]]:
@@ -72,4 +114,4 @@ def _rows(path: str, skip: int = 1) -> Iterator[list[str]]:
         return
 
 
-__all__ = ("Peer", "global_ipv6_addresses", "ports_in_use", "ssh_peer")
+__all__ = ("Peer", "global_ipv6_addresses", "ports_in_use", "ssh_peer", "tcp_listeners")

@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
-import tempfile
 from typing import Callable, NamedTuple, Optional, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
@@ -51,43 +51,61 @@ def run(argv: Sequence[str], stdin: Optional[str] = None) -> Completed:
 
 
 def read_text(path: str) -> Optional[str]:
-    """The file's text, or None where there is no such file."""
+    """The file's text, or None where there is no such file.
+
+    What isn't text is read as something else than what was written, so that it counts as changed.
+    """
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8", errors="replace") as stream:
             return stream.read()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, UnicodeDecodeError) as exc:
-        raise PortknockError(f"{path}: expected a readable text file; got {type(exc).__name__}.") from None
+    except OSError as exc:
+        raise PortknockError(f"{path}: expected to be able to read it; got {exc.strerror}.") from None
+
+
+def temporary_path(path: str) -> str:
+    """Where a file is written before it takes its place: one name, so that what a killed run left is written over."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.fleet-portknock")
 
 
 def write_text(path: str, text: str, mode: int) -> None:
-    """Put a whole file in place at once: after a crash there is the old one or the new one."""
-    folder = os.path.dirname(path)
+    """Put a whole file in place at once: after a crash there is the old one or the new one.
+
+    :raises PortknockError: it can't be written; then the old one is there.
+    """
+    temporary = temporary_path(path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".fleet-portknock-")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            with open(os.open(temporary, flags, mode), "w", encoding="utf-8") as stream:
                 os.fchmod(stream.fileno(), mode)
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
             raise
-        sync_folder(folder)
+        sync_folder(os.path.dirname(path))
     except OSError as exc:
         raise PortknockError(f"{path}: expected to be able to write it; got {exc.strerror}.") from None
 
 
 def remove_file(path: str) -> None:
-    """Remove a file for good; one that isn't there is all right."""
+    """Remove a file for good; one that isn't there is all right.
+
+    :raises PortknockError: it can't be removed.
+    """
     try:
         os.unlink(path)
+        sync_folder(os.path.dirname(path))
     except FileNotFoundError:
         return
-    sync_folder(os.path.dirname(path))
+    except OSError as exc:
+        raise PortknockError(f"{path}: expected to be able to remove it; got {exc.strerror}.") from None
 
 
 def sync_folder(folder: str) -> None:
@@ -108,5 +126,6 @@ __all__ = (
     "remove_file",
     "run",
     "sync_folder",
+    "temporary_path",
     "write_text",
 )

@@ -13,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import shlex
 import shutil
 import signal
 import subprocess
 import time
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterator, Mapping, NamedTuple, Optional
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._system import (
@@ -37,7 +38,7 @@ LOCK_SECONDS = 15.0
 # How much later than its deadline a trial may still be there before it counts as abandoned.
 GRACE_SECONDS = 15.0
 
-# {committed} and {restore} are shell commands; {folder} and {run} are quoted already.
+# {committed}, {load} and {files} are shell commands; {folder} and {run} are quoted already.
 _SCRIPT = """\
 #!/bin/sh
 # Goes back to what was there before the trial, unless the trial has been confirmed meanwhile.
@@ -48,18 +49,30 @@ current=$(cat {folder}/trial/run 2>/dev/null)
 # Nothing was changed yet when whoever began the trial died before it wrote the run's id.
 [ -n "$current" ] || rm -rf {folder}/trial
 [ "$current" = {run} ] || exit 0
-if ! {{ {committed}; }}; then
+loaded=
+go_back() {{
+    if [ -z "$loaded" ]; then
+        {{ {load}; }} || return 1
+        loaded=yes
+    fi
+    {files}
+}}
+if {committed}; then
+    outcome=confirmed
+else
+    outcome=restored
     tries=0
-    until {{ {restore}; }} >/dev/null 2>&1; do
+    until go_back >/dev/null 2>&1; do
         tries=$((tries + 1))
         if [ "$tries" -ge 20 ]; then
-            logger -t fleet-portknock -p daemon.crit "The change on trial was not confirmed, and the former state does not load."
+            logger -t fleet-portknock -p daemon.crit "A change was not confirmed, and the former state does not come back."
             exit 1
         fi
         sleep 1
     done
-    logger -t fleet-portknock -p daemon.warning "The change on trial was not confirmed: the former state is back." || true
+    logger -t fleet-portknock -p daemon.warning "A change was not confirmed: the former state is back." || true
 fi
+echo {run} "$outcome" >{folder}/outcome
 rm -rf {folder}/trial
 """
 
@@ -93,10 +106,13 @@ class Trial:
         :raises PortknockError: another run held the lock all the while.
         """
         deadline = time.monotonic() + wait
+        path = os.path.join(self.folder, "lock")
         while True:
-            os.makedirs(self.folder, mode=0o700, exist_ok=True)
-            path = os.path.join(self.folder, "lock")
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.makedirs(self.folder, mode=0o700, exist_ok=True)
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as exc:
+                raise PortknockError(f"{path}: expected to be able to write it; got {exc.strerror}.") from None
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # A removal may have unlinked the file while this run waited for it.
@@ -128,37 +144,37 @@ class Trial:
     def turn(self, run: str) -> Iterator[None]:
         """Hold the lock, once another run's trial has ended by its confirmation or by its timer.
 
-        :raises PortknockError: it is overdue and does not end, because the way back fails.
+        :raises PortknockError: another run holds the lock all the while.
         """
+        tried = ""
         while True:
             with self.lock():
                 pending = self.pending()
-                if pending is None or pending.run == run:
+                # One that is overdue and can't go back is taken over: whoever comes next finds a way of its own.
+                if pending is None or pending.run in (run, tried):
                     yield
                     return
             # The lock is free while this waits: the confirmation and the way back need it.
             if pending.seconds_left < -GRACE_SECONDS:
-                self.restore()  # the timer is gone: do its work
-                if self.pending() is not None:
-                    raise PortknockError(
-                        "A change that was never confirmed is still on trial on this host, and the former state does "
-                        "not load; see the journal for fleet-portknock."
-                    )
-            time.sleep(0.2)
+                self.restore(pending.run)  # the timer is gone: do its work
+                tried = pending.run
+            else:
+                time.sleep(0.2)
 
-    def begin(self, run: str, seconds: int, restore: str, committed: str, texts: dict[str, str]) -> None:
+    def begin(self, run: str, seconds: int, load: str, files: str, committed: str, texts: Mapping[str, str]) -> None:
         """Write down the way back and arm the timer, while the lock is held. Nothing may be changed before this returns.
 
         :param run: the run's id: hexadecimal digits.
         :param seconds: how long the change is on trial.
-        :param restore: shell command that brings the former state back; tried until it succeeds.
+        :param load: shell command that brings the former state of the kernel back; tried until it succeeds.
+        :param files: shell command that brings the former files back, then; likewise.
         :param committed: shell condition that holds once the change has been confirmed.
-        :param texts: name and content of the files that the two commands use, see :meth:`path`.
-        :raises PortknockError: the timer can't be armed.
+        :param texts: name and content of the files that the commands use, see :meth:`path`.
+        :raises PortknockError: the way back can't be written, or the timer can't be armed.
         """
         shutil.rmtree(self._trial, ignore_errors=True)
-        os.makedirs(self._trial, mode=0o700)
         try:
+            os.makedirs(self._trial, mode=0o700)
             for name, text in texts.items():
                 write_text(self.path(name), text, 0o600)
             script = _SCRIPT.format(
@@ -166,15 +182,19 @@ class Trial:
                 folder=shlex.quote(self.folder),
                 run=shlex.quote(run),
                 committed=committed,
-                restore=restore,
+                load=load,
+                files=files,
             )
-            write_text(self.path("restore.sh"), script, 0o700)
+            write_text(self._script(run), script, 0o700)
             write_text(self.path("deadline"), f"{_uptime() + seconds:.2f}", 0o600)
             self._arm(run, seconds)
             # Last: without it the script does nothing.
             write_text(self.path("run"), run, 0o600)
+        except OSError as exc:
+            self.end()
+            raise PortknockError(f"{self._trial}: expected to be able to write it; got {exc.strerror}.") from None
         except BaseException:
-            self.end(run)
+            self.end()
             raise
 
     def require(self, run: str) -> None:
@@ -188,41 +208,57 @@ class Trial:
                 "The trial has ended already: it was not confirmed in time and the host has gone back."
             )
 
-    def end(self, run: str) -> None:
+    def end(self) -> None:
         """Disarm the timer and forget the way back, while the lock is held."""
-        pid = read_text(self.path("pid"))
+        self._disarm(self._armed())
         shutil.rmtree(self._trial, ignore_errors=True)
-        self._disarm(run, pid)
 
-    def restore(self) -> None:
-        """Go back now instead of waiting for the timer. The lock must be free: the script takes it."""
+    def restore(self, run: str) -> Optional[str]:
+        """Let this run's trial go back now instead of waiting for the timer. The lock must be free: the script takes it.
+
+        :returns: ``restored``, or ``confirmed`` where it had been confirmed and so stays; None where it can't be told.
+        """
         pending = self.pending()
-        if pending is None:
-            return
-        pid = read_text(self.path("pid"))
-        self._run(["/bin/sh", self.path("restore.sh")], None)
-        if self.pending() is None:
-            self._disarm(pending.run, pid)
+        if pending is not None and pending.run == run:
+            armed = self._armed()
+            self._run(["/bin/sh", self._script(run)], None)
+            if self.pending() is None:
+                self._disarm(armed)
+        ended, _blank, outcome = (read_text(os.path.join(self.folder, "outcome")) or "").strip().partition(" ")
+        return outcome if ended == run else None
 
-    def _disarm(self, run: str, pid: Optional[str]) -> None:
-        if pid is None:
-            self._run(["systemctl", "stop", f"{UNIT_PREFIX}{run}.timer"], None)
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(int(pid), signal.SIGTERM)
+    def _script(self, run: str) -> str:
+        return self.path(f"restore-{run}.sh")
+
+    def _armed(self) -> tuple[Optional[str], Optional[str]]:
+        """The timer's unit, and the process that stands in for it."""
+        return read_text(self.path("timer")), read_text(self.path("pid"))
+
+    def _disarm(self, armed: tuple[Optional[str], Optional[str]]) -> None:
+        timer, pid = armed
+        if timer is not None:
+            self._run(["systemctl", "stop", f"{timer}.timer"], None)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(pid), signal.SIGTERM)
 
     def _arm(self, run: str, seconds: int) -> None:
-        script = self.path("restore.sh")
+        script = shlex.quote(self._script(run))
+        # A name of its own for each arming: a timer that was left behind must not be in the way.
+        timer = f"{UNIT_PREFIX}{run}-{secrets.token_hex(3)}"
+        write_text(self.path("timer"), timer, 0o600)
         armed = self._run(
             [
                 "systemd-run",
                 "--quiet",
-                f"--unit={UNIT_PREFIX}{run}",
+                "--collect",
+                f"--unit={timer}",
                 "--description=Bring back the gate that was there before an unconfirmed change",
                 f"--on-active={seconds}",
                 "--timer-property=AccuracySec=100ms",
                 "/bin/sh",
-                script,
+                "-c",
+                f"[ ! -e {script} ] || exec /bin/sh {script}",
             ],
             None,
         )
@@ -231,7 +267,7 @@ class Trial:
         # No systemd that answers: a process of its own session, which outlives the connection that started it.
         try:
             process = subprocess.Popen(
-                ["/bin/sh", "-c", f"sleep {int(seconds)}; exec /bin/sh {shlex.quote(script)}"],
+                ["/bin/sh", "-c", f"sleep {int(seconds)}; [ ! -e {script} ] || exec /bin/sh {script}"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -116,8 +116,9 @@ proof:
       type: list
       elements: dict
     opened:
-      description: The address and port that opened, and how many milliseconds after the first knock.
-      type: dict
+      description: For each family the address and port that opened, and how many milliseconds after the first knock.
+      type: list
+      elements: dict
     notes:
       description: What could not be proved, and why.
       type: list

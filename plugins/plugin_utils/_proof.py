@@ -25,6 +25,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     probe_udp,
     resolve,
 )
+from ansible_collections.fleet.portknock.plugins.module_utils._phases import is_trusted
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
 
 # Longer than the kernel waits before it repeats a SYN (1 s), so that one lost packet doesn't look like silence.
@@ -45,16 +46,17 @@ class Subject:
     """The gate as the controller is to see it.
 
     ``addresses`` lead to the host and must be reachable; ``others`` are further addresses of the host, looked at where
-    they can be reached. ``listening`` are the protected tcp ports that a service waits on, the ssh port first.
+    they can be reached; ``trusted`` are those of both that packets from here reach from a trusted source. ``listening``
+    are the protected tcp ports that a service waits on, by family, the ssh port first.
     """
 
     addresses: Sequence[Address]
     others: Sequence[Address]
     protected: Sequence[Knock]
-    listening: Sequence[int]
+    listening: Mapping[str, Sequence[int]]
     in_use: frozenset[Knock]
     closed_response: str
-    trusted: bool
+    trusted: frozenset[Address]
     timeout: float
 
 
@@ -66,6 +68,11 @@ class Proof:
     opened: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def note(self, sentence: str) -> None:
+        """Add a note, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
     def as_result(self) -> dict[str, Any]:
         """The proof as a task result."""
         return {"closed": self.closed, "opened": self.opened, "notes": self.notes}
@@ -75,7 +82,9 @@ def further_addresses(addresses: Sequence[Address], ipv6_addresses: Sequence[str
     """The IPv6 addresses of a host beside those that lead to it."""
     known = {address.host for address in addresses}
     port = addresses[0].port
-    return [address for text in ipv6_addresses if text not in known for address in resolve(text, port, "inet6")]
+    others = [address for text in ipv6_addresses if text not in known for address in resolve(text, port, "inet6")]
+    # An address that this machine has, too, leads to itself.
+    return [address for address in others if _local_address(address) != address.host]
 
 
 def sources_towards(addresses: Sequence[Address]) -> list[str]:
@@ -92,11 +101,10 @@ def subject_of(
 ) -> Subject:
     """The subject of a proof.
 
-    :param host: what the host said after the gate was loaded (``ports_in_use``, ``source_trusted``).
+    :param host: what the host said after the gate was loaded (``ports_in_use``, ``listeners``, ``source_trusted``).
     """
     port = addresses[0].port
     in_use = parse_knocks(host["ports_in_use"], "ports_in_use")
-    listening = [knock.port for knock in in_use if knock.proto == "tcp" and knock.port in settings.protected_tcp]
     return Subject(
         addresses=addresses,
         others=others,
@@ -104,10 +112,19 @@ def subject_of(
             *(Knock(protected, "tcp") for protected in settings.protected_tcp),
             *(Knock(protected, "udp") for protected in settings.protected_udp),
         ],
-        listening=sorted(listening, key=lambda listens: listens != port),
+        listening={
+            family: sorted(set(settings.protected_tcp).intersection(ports), key=lambda listens: listens != port)
+            for family, ports in host["listeners"].items()
+        },
         in_use=frozenset(in_use),
         closed_response=settings.closed_response,
-        trusted=bool(host["source_trusted"]),
+        # The host sees the connection's source itself, behind whatever translates addresses on the way.
+        trusted=frozenset(
+            address
+            for address in (*addresses, *others)
+            if (host["source_trusted"] and address in addresses)
+            or is_trusted(_local_address(address), (*settings.trusted4, *settings.trusted6))
+        ),
         timeout=timeout,
     )
 
@@ -120,15 +137,16 @@ def prove(subject: Subject, knocks: Sequence[Knock]) -> Proof:
     """
     proof = Proof()
     reached = _prove_closed(subject, frozenset(knocks), proof)
-    if not subject.listening:
-        proof.notes.append("Not proved open: no service waits on a protected tcp port.")
-        return proof
     families: set[int] = set()
     for address in reached:
-        if address.family in families:
+        if address.family in families or address in subject.trusted:
             continue
         families.add(address.family)
-        _prove_open(subject, address, knocks, proof)
+        ports = subject.listening["inet6" if address.family == socket.AF_INET6 else "inet"]
+        if ports:
+            _prove_open(subject, address, ports[0], knocks, proof)
+        else:
+            proof.note(f"Not proved open on {_name(address)}: no service waits on a protected tcp port there.")
     return proof
 
 
@@ -148,9 +166,8 @@ def prove_removed(addresses: Sequence[Address], port: int, timeout: float) -> No
 def _prove_closed(subject: Subject, knocks: frozenset[Knock], proof: Proof) -> list[Address]:
     """Compare every protected port with a closed one; returns the addresses that can be reached."""
     jobs = [
-        (address, port, is_other)
-        for is_other, addresses in ((False, subject.addresses), (True, subject.others))
-        for address in addresses
+        (address, port, address in subject.others)
+        for address in (*subject.addresses, *subject.others)
         for port in subject.protected
     ]
     with ThreadPoolExecutor(max_workers=min(16, len(jobs) or 1)) as pool:
@@ -159,22 +176,21 @@ def _prove_closed(subject: Subject, knocks: frozenset[Knock], proof: Proof) -> l
     for (address, port, is_other), (seen, closed) in zip(jobs, looks, strict=True):
         silent = closed.state in ("unreachable", "filtered", "silent")
         if is_other and silent and seen.state == closed.state:
-            # Silence may be a host that answers nobody or a path that isn't there; only the first is worth a note.
-            proof.notes.append(f"Not proved on {_name(address)}: it can't be told from here whether it is reached.")
+            # Silence may be a host that answers nobody or a path that isn't there.
+            proof.note(f"Not proved on {_name(address)}: it can't be told from here whether it is reached.")
             continue
         if seen.state == "unreachable" and not is_other and len(subject.addresses) > 1:
-            proof.notes.append(f"Not proved on {_name(address)}: it can't be reached from here ({seen.error}).")
+            proof.note(f"Not proved on {_name(address)}: it can't be reached from here ({seen.error}).")
             continue
         if address not in reached:
             reached.append(address)
-        if subject.trusted:
+        if address in subject.trusted:
+            proof.note(f"Not proved on {_name(address)}: packets from here come from a trusted source.")
             continue
         _judge(subject, address, port, seen, closed)
         proof.closed.append(
             {"address": _name(address), "port": str(port), "showed": seen.state, "closed_port_showed": closed.state}
         )
-    if subject.trusted:
-        proof.notes.append("Not proved closed: the controller's address is a trusted source.")
     if not reached:
         raise PortknockError(
             f"No address of the host can be reached with a fresh packet from here: tried {_names(subject.addresses)}."
@@ -202,8 +218,8 @@ def _judge(subject: Subject, address: Address, port: Knock, seen: Probe, closed:
     if expected is None and seen != closed:
         raise PortknockError(
             f"Not hidden: {where} showed {_look(seen)} and a closed port {_look(closed)}, where "
-            "knock_server_closed_response=mimic promises the same. This host's packet filter answers in a way that can't "
-            "be mimicked: choose drop or reset, whichever its closed ports show."
+            "knock_server_closed_response=mimic promises the same. The packet filter of the host, or one on the way, tells "
+            "ports apart: choose drop or reset, whichever comes closest to what its closed ports show."
         )
     if expected is not None and seen.state != expected[port.proto]:
         raise PortknockError(
@@ -212,8 +228,7 @@ def _judge(subject: Subject, address: Address, port: Knock, seen: Probe, closed:
         )
 
 
-def _prove_open(subject: Subject, address: Address, knocks: Sequence[Knock], proof: Proof) -> None:
-    port = subject.listening[0]
+def _prove_open(subject: Subject, address: Address, port: int, knocks: Sequence[Knock], proof: Proof) -> None:
     result = knock_until_open([address.at(port)], knocks, port, subject.timeout)
     if result.state != "open":
         raise PortknockError(

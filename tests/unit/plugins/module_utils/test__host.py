@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -49,6 +49,12 @@ class FileBackend:
     def digest(self, listing: dict[str, Any]) -> str:
         return f"digest of {listing['text']}"
 
+    def kernel_text(self) -> Optional[str]:
+        return self.kernel.read_text() if self.kernel.exists() else None
+
+    def accepts(self, text: str) -> bool:
+        return "broken" not in text
+
     def load(self, text: str, listing: Optional[dict[str, Any]]) -> None:
         self.kernel.write_text(text)
 
@@ -60,7 +66,7 @@ class FileBackend:
 
     def restore_command(self, path: str) -> str:
         kernel = shlex.quote(str(self.kernel))
-        return f"sed '1,/BOOT/d' {path} > {kernel} && if ! [ -s {kernel} ]; then rm {kernel}; fi"
+        return f"sed '0,/BOOT/d' {path} > {kernel} && if ! [ -s {kernel} ]; then rm {kernel}; fi"
 
 
 @pytest.fixture
@@ -154,7 +160,7 @@ def test_going_back_leaves_every_byte_as_before(host: GateHost, tmp_path: Path, 
     before = files(tmp_path)
     apply(host, NEWER)
     assert files(tmp_path) != before
-    host.trial.restore()
+    host.trial.restore("aa")
     assert files(tmp_path) == before
     assert not (tmp_path / "run/fleet-portknock/trial").exists()
 
@@ -180,7 +186,7 @@ def test_confirmation_that_dies_before_the_commit_is_undone(
         with pytest.raises(KeyboardInterrupt):
             confirm(host, NEWER)
     assert files(tmp_path) != before
-    host.trial.restore()
+    host.trial.restore("aa")
     assert files(tmp_path) == before
 
 
@@ -189,14 +195,14 @@ def test_confirmation_that_dies_after_the_commit_stands(
 ) -> None:
     apply(host, WANTED)
 
-    def dies(_run: str) -> None:
+    def dies() -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(host.trial, "end", dies)
         with pytest.raises(KeyboardInterrupt):
             confirm(host, WANTED)
-    host.trial.restore()
+    host.trial.restore("aa")
     assert whats(host, WANTED) == []
 
 
@@ -207,7 +213,7 @@ def test_removal_that_is_not_confirmed_brings_the_gate_back(host: GateHost, tmp_
     with host.trial.turn("bb"):
         host.take_away(host.inspect(), "bb", 3600)
     assert not (tmp_path / "kernel").exists()
-    host.trial.restore()
+    host.trial.restore("bb")
     assert files(tmp_path) == before
 
 
@@ -224,6 +230,50 @@ def test_removal_leaves_nothing(host: GateHost, tmp_path: Path) -> None:
     assert not (tmp_path / "etc/fleet-portknock").exists()
 
 
+@pytest.mark.parametrize(
+    "lost", ["rm -r {root}/etc/fleet-portknock", "echo broken > {root}/etc/fleet-portknock/gate.nft"]
+)
+def test_repair_that_is_not_confirmed_leaves_the_port_closed(host: GateHost, tmp_path: Path, lost: str) -> None:
+    """The kernel still has the gate, its file is gone or useless."""
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    os.system(lost.format(root=tmp_path))  # noqa: S605
+    before = files(tmp_path)
+    apply(host, NEWER)
+    host.trial.restore("aa")
+    assert files(tmp_path) == before
+    assert (tmp_path / "kernel").read_text() == "the gate\n"
+
+
+def test_removal_without_a_file_goes_back_too(host: GateHost, tmp_path: Path) -> None:
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    os.system(f"rm -r {tmp_path}/etc/fleet-portknock")  # noqa: S605
+    with host.trial.turn("bb"):
+        host.take_away(host.inspect(), "bb", 3600)
+    host.trial.restore("bb")
+    assert (tmp_path / "kernel").read_text() == "the gate\n"
+
+
+def test_gate_that_does_not_load_goes_back_to_the_closed_table(host: GateHost, tmp_path: Path) -> None:
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    os.system(f"echo broken > {tmp_path}/etc/fleet-portknock/gate.nft; rm {tmp_path}/kernel")  # noqa: S605
+    apply(host, NEWER)
+    host.trial.restore("aa")
+    assert (tmp_path / "kernel").read_text() == "closed\n"
+
+
+def test_file_that_is_no_text_is_repaired(host: GateHost, tmp_path: Path) -> None:
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    (tmp_path / "etc/fleet-portknock/gate.nft").write_bytes(b"\xff\xfe")
+    assert "gate.nft" in whats(host, WANTED)
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    assert whats(host, WANTED) == []
+
+
 def test_refused_rules_change_nothing(host: GateHost, backend: FileBackend, tmp_path: Path) -> None:
     backend.refuses = WANTED.gate
     before = files(tmp_path)
@@ -233,10 +283,13 @@ def test_refused_rules_change_nothing(host: GateHost, backend: FileBackend, tmp_
     assert host.trial.pending() is None
 
 
-def test_gate_that_is_gone_from_the_kernel_is_not_confirmed(host: GateHost, backend: FileBackend) -> None:
+@pytest.mark.parametrize("spoil", [FileBackend.unload, lambda backend: backend.load("the former gate\n", None)])
+def test_what_was_not_loaded_for_the_trial_is_not_confirmed(
+    host: GateHost, backend: FileBackend, spoil: Callable[[FileBackend], None]
+) -> None:
     apply(host, WANTED)
-    backend.unload()
-    with pytest.raises(PortknockError, match="another program has taken it away"):
+    spoil(backend)
+    with pytest.raises(PortknockError, match="another program has changed it"):
         confirm(host, WANTED)
 
 

@@ -51,5 +51,13 @@ def test_public_sets_and_rules_are_shown() -> None:
     assert "tcp dport { 22, 80 } accept" in shown
 
 
+def test_a_secret_that_a_rule_repeats_is_hidden_there_too() -> None:
+    rule = "# Copyright 2026\ntcp dport { 40001, 40002, 8080 } counter\n"
+    shown = masked(rule + TABLE.format(port=40001), rule + TABLE.format(port=40003))
+    assert "4000" not in shown[0] + shown[1]
+    assert "# Copyright 2026" in shown[1]
+    assert "8080" in shown[1]
+
+
 def test_text_without_sets_is_left_as_it_is() -> None:
     assert masked("[Unit]\n", "[Unit]\nAfter=x\n") == ("[Unit]\n", "[Unit]\nAfter=x\n")

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
     Peer,
     global_ipv6_addresses,
     ports_in_use,
     ssh_peer,
+    tcp_listeners,
 )
 
 
@@ -28,6 +30,24 @@ def test_sockets_that_wait_are_in_use_and_connected_ones_are_not() -> None:
             assert Knock(listener.getsockname()[1], "tcp") in in_use
             assert Knock(bound.getsockname()[1], "udp") in in_use
             assert Knock(client.getsockname()[1], "tcp") not in in_use
+
+
+@pytest.mark.parametrize(
+    ("family", "address", "expected"),
+    [
+        (socket.AF_INET, "0.0.0.0", ["inet"]),
+        (socket.AF_INET, "127.0.0.1", []),
+        (socket.AF_INET6, "::", ["inet", "inet6"]),
+        (socket.AF_INET6, "::1", []),
+        (socket.AF_INET6, "::ffff:127.0.0.1", []),
+    ],
+)
+def test_listeners_that_can_be_reached(family: int, address: str, expected: list[str]) -> None:
+    with socket.socket(family) as listener:
+        listener.bind((address, 0))
+        listener.listen()
+        found = tcp_listeners()
+        assert [name for name in found if listener.getsockname()[1] in found[name]] == expected
 
 
 def test_a_host_without_ipv6_has_no_such_table(tmp_path: Path) -> None:
@@ -63,6 +83,10 @@ def test_peer_is_found_in_an_ancestor() -> None:
 
 def test_link_local_peer_has_its_interface() -> None:
     assert _peer_seen_by_a_grandchild("fe80::1%eth0 50000 fe80::2%eth0 22") == str(Peer("fe80::1", "eth0"))
+
+
+def test_peer_that_is_no_address_is_none() -> None:
+    assert _peer_seen_by_a_grandchild("UNKNOWN 65535 UNKNOWN 65535") == "None"
 
 
 def test_no_peer_without_ssh(tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ def begin(trial: Trial, state: Path, name: str = "aa", seconds: int = LONG) -> N
         trial.begin(
             name,
             seconds,
-            restore=f"cp {trial.path('former')} {state}",
+            load=f"cp {trial.path('former')} {state}",
+            files="true",
             committed=f"[ -e {state}.committed ]",
             texts={"former": "former"},
         )
@@ -89,9 +90,9 @@ def test_ended_trial_leaves_no_timer_and_no_way_back(trial: Trial, state: Path) 
     begin(trial, state)
     pid = int(Path(trial.path("pid")).read_text())
     with trial.lock():
-        trial.end("aa")
+        trial.end()
     assert trial.pending() is None
-    assert not os.path.exists(trial.path("restore.sh"))
+    assert not os.path.exists(trial.path("restore-aa.sh"))
     until(lambda: _has_ended(pid))
     assert state.read_text() == "changed"
 
@@ -105,7 +106,7 @@ def _has_ended(pid: int) -> bool:
 
 def test_restore_goes_back_at_once(trial: Trial, state: Path) -> None:
     begin(trial, state)
-    trial.restore()
+    assert trial.restore("aa") == "restored"
     assert state.read_text() == "former"
     assert trial.pending() is None
 
@@ -114,19 +115,19 @@ def test_restore_is_tried_until_it_succeeds(trial: Trial, state: Path, tmp_path:
     tried = tmp_path / "tried"
     with trial.lock():
         # Fails the first time: the way back must not depend on one call of a program.
-        restore = f"if [ -e {tried} ]; then cp {trial.path('former')} {state}; else touch {tried}; false; fi"
-        trial.begin("aa", LONG, restore=restore, committed="false", texts={"former": "former"})
+        load = f"if [ -e {tried} ]; then cp {trial.path('former')} {state}; else touch {tried}; false; fi"
+        trial.begin("aa", LONG, load=load, files="true", committed="false", texts={"former": "former"})
     state.write_text("changed")
-    trial.restore()
+    assert trial.restore("aa") == "restored"
     assert state.read_text() == "former"
 
 
 def test_script_of_an_earlier_run_leaves_a_later_trial_alone(trial: Trial, state: Path, tmp_path: Path) -> None:
     begin(trial, state, "aa")
     stale = tmp_path / "stale.sh"
-    stale.write_text(Path(trial.path("restore.sh")).read_text())
+    stale.write_text(Path(trial.path("restore-aa.sh")).read_text())
     with trial.lock():
-        trial.end("aa")
+        trial.end()
     begin(trial, state, "bb")
     subprocess.run(["sh", str(stale)], check=True)
     assert state.read_text() == "changed"
@@ -138,7 +139,7 @@ def test_script_of_an_earlier_run_leaves_a_later_trial_alone(trial: Trial, state
 def test_way_back_waits_for_a_confirmation_under_way(trial: Trial, state: Path) -> None:
     begin(trial, state)
     with trial.lock():
-        script = subprocess.Popen(["sh", trial.path("restore.sh")])
+        script = subprocess.Popen(["sh", trial.path("restore-aa.sh")])
         with pytest.raises(subprocess.TimeoutExpired):
             script.wait(0.3)
         Path(f"{state}.committed").touch()
@@ -160,6 +161,42 @@ def test_second_run_does_the_work_of_a_timer_that_was_killed(
     Path(trial.path("deadline")).write_text("0")
     with trial.turn("bb"):
         assert state.read_text() == "former"
+
+
+def test_what_can_not_go_back_is_taken_over(trial: Trial, state: Path) -> None:
+    with trial.lock():
+        trial.begin("aa", LONG, load="false", files="true", committed="false", texts={})
+    script = Path(trial.path("restore-aa.sh"))
+    script.write_text(script.read_text().replace("-ge 20", "-ge 1"))
+    Path(trial.path("deadline")).write_text("0")
+    with trial.turn("bb"):
+        trial.begin("bb", LONG, load="true", files="true", committed="false", texts={})
+    pending = trial.pending()
+    assert pending is not None
+    assert pending.run == "bb"
+
+
+def test_another_runs_trial_is_not_ended(trial: Trial, state: Path) -> None:
+    begin(trial, state, "aa")
+    assert trial.restore("bb") is None
+    assert state.read_text() == "changed"
+    assert trial.pending() is not None
+
+
+def test_confirmed_trial_says_so_when_asked_to_go_back(trial: Trial, state: Path) -> None:
+    begin(trial, state)
+    Path(f"{state}.committed").touch()
+    assert trial.restore("aa") == "confirmed"
+    assert state.read_text() == "changed"
+
+
+def test_files_are_tried_again_without_loading_again(trial: Trial, state: Path, tmp_path: Path) -> None:
+    loads, tried = tmp_path / "loads", tmp_path / "tried"
+    with trial.lock():
+        files = f"if [ -e {tried} ]; then true; else touch {tried}; false; fi"
+        trial.begin("aa", LONG, load=f"echo x >>{loads}", files=files, committed="false", texts={})
+    assert trial.restore("aa") == "restored"
+    assert loads.read_text() == "x\n"
 
 
 def test_lock_held_by_another_run_is_a_clear_error(trial: Trial) -> None:
@@ -188,12 +225,12 @@ def test_nothing_is_armed_when_no_timer_can_be(state: Path, tmp_path: Path, monk
     trial = Trial(str(tmp_path / "run"), without_systemd)
     monkeypatch.setattr(subprocess, "Popen", no_process)
     with pytest.raises(PortknockError, match="so nothing was changed"), trial.lock():
-        trial.begin("aa", LONG, "true", "false", {})
+        trial.begin("aa", LONG, "true", "true", "false", {})
     assert trial.pending() is None
 
 
 def test_confirmation_after_the_way_back_is_refused(trial: Trial, state: Path) -> None:
     begin(trial, state)
-    trial.restore()
+    assert trial.restore("aa") == "restored"
     with pytest.raises(PortknockError, match="The trial has ended already"):
         trial.require("aa")

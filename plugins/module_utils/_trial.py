@@ -172,7 +172,7 @@ class Trial:
         :param texts: name and content of the files that the commands use, see :meth:`path`.
         :raises PortknockError: the way back can't be written, or the timer can't be armed.
         """
-        shutil.rmtree(self._trial, ignore_errors=True)
+        self.end()
         try:
             os.makedirs(self._trial, mode=0o700)
             for name, text in texts.items():

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -36,8 +36,11 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 @pytest.fixture
-def trial(tmp_path: Path) -> Trial:
-    return Trial(str(tmp_path / "run"), without_systemd)
+def trial(tmp_path: Path) -> Iterator[Trial]:
+    trial = Trial(str(tmp_path / "run"), without_systemd)
+    yield trial
+    with trial.lock():
+        trial.end()
 
 
 @pytest.fixture

@@ -37,7 +37,8 @@ from ansible_collections.fleet.portknock.plugins.plugin_utils._proof import (
 display = Display()
 
 _CONNECTION = "fleet.portknock.knock_ssh"
-_SHORTEST_TRIAL, _LONGEST_TRIAL = 10, 3600
+_SHORTEST_TRIAL = 10
+_LONGEST_TRIAL = 3600
 
 
 class _Opaque(str):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random
 
 import pytest
@@ -39,8 +40,12 @@ def spread(draw: Callable[[], int], draws: int) -> float:
 
 def test_ports_are_drawn_evenly() -> None:
     random = Random(20260101)
+
+    def draw(position: int) -> int:
+        return generate(4, ["tcp"], set(), random)[position].port
+
     for position in range(4):
-        assert spread(lambda position=position: generate(4, ["tcp"], set(), random)[position].port, 15000) < 130
+        assert spread(partial(draw, position), 15000) < 130
 
 
 def test_the_evenness_test_sees_a_remainder() -> None:

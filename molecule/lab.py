@@ -26,8 +26,10 @@ FAMILIES = ("ipv4", "ipv6")
 RUN_SECONDS = 300
 GATE_TABLE = "fleet_portknock"
 # Where a host, its package manager and Ansible itself come and go as they like.
-PASSING = ("/proc", "/sys", "/tmp", "/var/log", "/var/cache", "/var/lib/apt", "/var/lib/dpkg", "/var/lib/systemd")
-PASSING += ("*/.ansible", "*/__pycache__", "*/.sudo_as_admin_successful")
+PASSING = (
+    *("/proc", "/sys", "/tmp", "/var/log", "/var/cache", "/var/lib/apt", "/var/lib/dpkg", "/var/lib/systemd"),
+    *("*/.ansible", "*/__pycache__", "*/.sudo_as_admin_successful"),
+)
 _RECAP = re.compile(r"^(\S+)\s+: (.*)$", re.MULTILINE)
 
 

@@ -13,7 +13,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -298,8 +298,3 @@ def wait_until(
         if time.monotonic() > deadline or not still_worth_it():
             raise AssertionError(f"waited {seconds} s in vain until {what}")
         time.sleep(0.05)
-
-
-def wrong_orders(knocks: list[str]) -> Iterable[list[str]]:
-    yield list(reversed(knocks))
-    yield [knocks[1], knocks[0], *knocks[2:]]

@@ -170,20 +170,16 @@ def test_an_inventory_that_is_a_program(fleet: Fleet) -> None:
 
 @pytest.mark.usefixtures("applied")
 @pytest.mark.parametrize(
-    ("play", "arguments"),
-    [({"strategy": "free"}, ()), ({"strategy": "host_pinned"}, ()), ({"serial": 1}, ())],
+    ("play", "window"),
+    [({"strategy": "free"}, 7), ({"strategy": "host_pinned"}, 8), ({"serial": 1}, 6)],
     ids=["free", "host_pinned", "serial"],
 )
-def test_a_change_in_every_way(
-    fleet: Fleet, request: pytest.FixtureRequest, play: dict[str, object], arguments: tuple[str, ...]
-) -> None:
+def test_a_change_in_every_way(fleet: Fleet, play: dict[str, object], window: int) -> None:
     """A change goes through the whole trial, whatever the strategy."""
-    windows = {"free": 7, "host_pinned": 8, "serial": 6}
     run = fleet.play(
         fleet.write("change.yml", own_playbook(**play)),
-        *arguments,
         inventory=fleet.directory / "own.yml",
-        variables={"knock_server_open_window": windows[request.node.callspec.id]},
+        variables={"knock_server_open_window": window},
     )
     assert run.status == 0, run.output
     assert {host: numbers["changed"] for host, numbers in run.recap.items()} == dict.fromkeys(HOSTS, 1)

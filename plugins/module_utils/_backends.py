@@ -17,6 +17,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
     close_window,
     is_dormant,
     listing_digest,
+    open_windows,
     read_listing,
     replace_transaction,
 )
@@ -141,10 +142,13 @@ class Nftables:
         :raises PortknockError: the kernel refuses it; then nothing has changed.
         """
         # A table that somebody has set dormant can't be changed rule by rule.
-        whole = listing is None or is_dormant(listing)
-        done = self._run(
-            [self.program, "-f", "-"], self.boot_text(text) if whole else replace_transaction(text, listing)
-        )
+        if listing is None or is_dormant(listing):
+            done = self._run([self.program, "-f", "-"], self.boot_text(text))
+        else:
+            done = self._run([self.program, "-f", "-"], replace_transaction(text, listing))
+            if done.code < 0:
+                # nft 0.9.8 crashes over some of these before it has told the kernel anything.
+                done = self._run([self.program, "-f", "-"], self.boot_text(text) + open_windows(text, listing))
         if done.code != 0:
             raise PortknockError(f"The gate can't be loaded: nft refuses it ({_cause(done)}).")
 

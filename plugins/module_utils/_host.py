@@ -96,14 +96,9 @@ class GateHost:
     def inspect(self) -> Found:
         """Read files and kernel; changes nothing."""
         text = read_text(self._gate)
-        state: Mapping[str, Any] = {}
-        for line in (text or "").splitlines():
-            if line.startswith(_STATE_MARK):
-                state = _state(line[len(_STATE_MARK) :])
-                break
         return Found(
             gate=None if text is None else self._backend.body(text),
-            state=state,
+            state=_state_in(text or ""),
             closed=read_text(self._closed),
             unit=read_text(self._unit),
             is_on_disk=text is not None,
@@ -171,10 +166,19 @@ class GateHost:
         self._systemctl("enable", UNIT)
         for link in self._links():
             sync_folder(os.path.dirname(link))
-        text = self._boot_text(wanted, digest)
+        text = self._boot_text(wanted, digest, run)
         write_text(self.trial.path("committed"), text, 0o600)
         write_text(self._gate, text, 0o600)
         self.trial.end()
+
+    def outcome(self, run: str, removal: bool) -> Optional[str]:
+        """What became of a run's change: ``confirmed`` or ``restored``; None while it is still on trial."""
+        pending = self.trial.pending()
+        if pending is not None and pending.run == run:
+            return None
+        text = read_text(self._gate)
+        confirmed = text is None if removal else _state_in(text or "").get("run") == run
+        return "confirmed" if confirmed else "restored"
 
     def take_away(self, found: Found, run: str, seconds: int) -> None:
         """Arm the way back, then take the gate out of the kernel. The trial's lock must be held."""
@@ -239,12 +243,13 @@ class GateHost:
             return self._backend.boot_text(closed)
         return self._backend.unload_text()
 
-    def _boot_text(self, wanted: Wanted, digest: str) -> str:
+    def _boot_text(self, wanted: Wanted, digest: str, run: str) -> str:
         state = {
             "backend": self._backend.name,
             "digest": digest,
             "generation": wanted.generation,
             "keyring": wanted.keyring,
+            "run": run,
             "version": self._backend.version(),
         }
         return _HEADER + _STATE_MARK + json.dumps(state, sort_keys=True) + "\n" + self._backend.boot_text(wanted.gate)
@@ -282,9 +287,11 @@ class GateHost:
             raise PortknockError(f"systemctl {' '.join(arguments)} failed with exit code {done.code}.")
 
 
-def _state(text: str) -> Mapping[str, Any]:
+def _state_in(boot_text: str) -> Mapping[str, Any]:
+    """What was recorded of a gate when it was confirmed."""
+    line = next((line for line in boot_text.splitlines() if line.startswith(_STATE_MARK)), _STATE_MARK)
     try:
-        state = json.loads(text)
+        state = json.loads(line[len(_STATE_MARK) :])
     except ValueError:
         return {}
     return state if isinstance(state, dict) else {}

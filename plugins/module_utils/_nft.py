@@ -51,6 +51,16 @@ def replace_transaction(table_text: str, existing: Optional[Mapping[str, Any]]) 
     return "\n".join((*lines, table_text.rstrip("\n"), *elements)) + "\n"
 
 
+def open_windows(table_text: str, existing: Mapping[str, Any]) -> str:
+    """Commands that open the windows of a listing again, in a table made anew, for the time that each has left."""
+    return "".join(
+        f"{command}\n"
+        for kind, found in _objects(existing)
+        if kind == "set" and found["name"] in _OPEN_SETS
+        for command in _add_elements(found["name"], found.get("elem", ()), _wanted_size(table_text, found["name"]))
+    )
+
+
 def read_listing(output: str) -> Optional[dict[str, Any]]:
     """What ``nft -j list table`` printed, as a listing; None where it holds none.
 
@@ -160,4 +170,13 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-__all__ = ("TABLE", "close_window", "is_dormant", "listing_digest", "normalise", "read_listing", "replace_transaction")
+__all__ = (
+    "TABLE",
+    "close_window",
+    "is_dormant",
+    "listing_digest",
+    "normalise",
+    "open_windows",
+    "read_listing",
+    "replace_transaction",
+)

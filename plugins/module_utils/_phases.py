@@ -41,7 +41,8 @@ def run_phase(
     host = GateHost(enforcer, root, run)
     identity = str(payload["run"])
     if phase == "rollback":
-        return {"changed": False, "outcome": host.trial.restore(identity)}
+        host.trial.restore(identity)
+        return {"changed": False, "outcome": host.outcome(identity, removal=state == "absent")}
     wanted = Wanted(**payload["wanted"]) if state == "applied" else None
     if phase == "confirm":
         with host.trial.turn(identity):

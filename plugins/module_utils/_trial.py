@@ -57,10 +57,7 @@ go_back() {{
     fi
     {files}
 }}
-if {committed}; then
-    outcome=confirmed
-else
-    outcome=restored
+if ! {{ {committed}; }}; then
     tries=0
     until go_back >/dev/null 2>&1; do
         tries=$((tries + 1))
@@ -72,7 +69,6 @@ else
     done
     logger -t fleet-portknock -p daemon.warning "A change was not confirmed: the former state is back." || true
 fi
-echo {run} "$outcome" >{folder}/outcome
 rm -rf {folder}/trial
 """
 
@@ -213,19 +209,18 @@ class Trial:
         self._disarm(self._armed())
         shutil.rmtree(self._trial, ignore_errors=True)
 
-    def restore(self, run: str) -> Optional[str]:
+    def restore(self, run: str) -> None:
         """Let this run's trial go back now instead of waiting for the timer. The lock must be free: the script takes it.
 
-        :returns: ``restored``, or ``confirmed`` where it had been confirmed and so stays; None where it can't be told.
+        A change that was confirmed stays; so does the trial where the way back fails.
         """
         pending = self.pending()
-        if pending is not None and pending.run == run:
-            armed = self._armed()
-            self._run(["/bin/sh", self._script(run)], None)
-            if self.pending() is None:
-                self._disarm(armed)
-        ended, _blank, outcome = (read_text(os.path.join(self.folder, "outcome")) or "").strip().partition(" ")
-        return outcome if ended == run else None
+        if pending is None or pending.run != run:
+            return
+        armed = self._armed()
+        self._run(["/bin/sh", self._script(run)], None)
+        if self.pending() is None:
+            self._disarm(armed)
 
     def _script(self, run: str) -> str:
         return self.path(f"restore-{run}.sh")

@@ -206,6 +206,22 @@ def test_confirmation_that_dies_after_the_commit_stands(
     assert whats(host, WANTED) == []
 
 
+def test_a_run_can_ask_what_became_of_it(host: GateHost) -> None:
+    apply(host, WANTED)
+    assert host.outcome("aa", removal=False) is None
+    host.trial.restore("aa")
+    assert host.outcome("aa", removal=False) == "restored"
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    assert host.outcome("aa", removal=False) == "confirmed"
+    assert host.outcome("bb", removal=False) == "restored"
+    assert host.outcome("bb", removal=True) == "restored"
+    with host.trial.turn("bb"):
+        host.take_away(host.inspect(), "bb", 3600)
+        host.confirm_away("bb")
+    assert host.outcome("bb", removal=True) == "confirmed"
+
+
 def test_removal_that_is_not_confirmed_brings_the_gate_back(host: GateHost, tmp_path: Path) -> None:
     apply(host, WANTED)
     confirm(host, WANTED)

@@ -100,5 +100,5 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_unknown_back_end() -> None:
-    with pytest.raises(PortknockError, match="^knock_server_backend: expected one of nftables; got 'pf'.$"):
+    with pytest.raises(PortknockError, match=r"^knock_server_backend: expected one of nftables; got 'pf'\.$"):
         back_end("pf")

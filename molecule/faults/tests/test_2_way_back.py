@@ -26,10 +26,14 @@ def deaf(fleet: Fleet) -> Iterator[None]:
 
 
 def left_by_a_trial(fleet: Fleet) -> str:
-    """What only a gate, or a trial that is not over, has on a host; an empty lock file may stay until the next boot."""
+    """What only a gate, or a trial that is not over, has on a host.
+
+    A lock file, and one that says how the trial ended, may stay until the next boot.
+    """
     found = fleet.execute("box", "nft list tables | grep -o fleet_portknock", check=False)
     found += fleet.execute("box", "systemctl list-units --all --no-legend '*portknock*' | cat")
-    return found + fleet.execute("box", "find /run/fleet-portknock /etc/fleet-portknock -type f -size +0", check=False)
+    search = "find /run/fleet-portknock /etc/fleet-portknock -type f ! -name lock ! -name outcome"
+    return found + fleet.execute("box", search, check=False)
 
 
 def reachable_by_plain_ssh(fleet: Fleet) -> bool:

@@ -50,6 +50,19 @@ def test_another_order_does_not_open(lab: Lab, guard: str, knocks: tuple[Knock, 
 
 
 @pytest.mark.parametrize("guard", GUARDS)
+def test_a_service_on_a_knock_s_port_works_on(lab: Lab, guard: str) -> None:
+    """As with a sequence given by hand: it answers everyone, and its port counts as a knock all the same."""
+    lab.serve(FIRST.port)
+    lab.gate(guard=guard)
+    for family in FAMILIES:
+        source = lab.source(family)
+        assert lab.look(source, FIRST.port) == "open"
+        assert lab.look(source) == "reset"
+        lab.knock(source)
+        assert (lab.look(source), lab.look(source, FIRST.port)) == ("open", "open")
+
+
+@pytest.mark.parametrize("guard", GUARDS)
 def test_each_packet_twice_opens(lab: Lab, guard: str) -> None:
     lab.gate(guard=guard)
     for family in FAMILIES:

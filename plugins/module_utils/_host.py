@@ -38,7 +38,6 @@ UNIT = "fleet-portknock.service"
 WANTED_BY = ("sysinit.target", "nftables.service")
 _STATE_MARK = "# fleet.portknock state: "
 _HEADER = "# Written by fleet.portknock. Changes made by hand are found and undone by its next run.\n"
-_NOTHING_LOADED = "no gate is loaded in the kernel\n"
 
 
 class Wanted(NamedTuple):
@@ -177,7 +176,9 @@ class GateHost:
         if pending is not None and pending.run == run:
             return None
         text = read_text(self._gate)
-        confirmed = text is None if removal else _state_in(text or "").get("run") == run
+        confirmed = _state_in(text or "").get("run") == run
+        if removal:
+            confirmed = text is None and self._backend.listing() is None
         return "confirmed" if confirmed else "restored"
 
     def take_away(self, found: Found, run: str, seconds: int) -> None:
@@ -269,7 +270,7 @@ class GateHost:
 
     def _kernel_difference(self, found: Found) -> Optional[str]:
         if found.listing is None:
-            return _NOTHING_LOADED.rstrip()
+            return "no gate is loaded in the kernel"
         if found.gate is None:
             return "a table of the gate's name is loaded, and no gate was confirmed"
         if found.state.get("version") != found.version:

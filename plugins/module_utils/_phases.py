@@ -54,7 +54,14 @@ def run_phase(
         return {"changed": True}
 
     if check_mode:
-        return _plan(host, wanted, host.inspect())
+        found = host.inspect()
+        result = _plan(host, wanted, found)
+        if wanted is not None and result["changed"]:
+            if found.version is None:
+                result["warnings"] = ["The rules were not validated: the back end is not installed on this host yet."]
+            else:
+                host.check(wanted)
+        return result
     # ssh repeats a command whose connection was cut: what the first one did is undone.
     host.trial.restore(identity)
     try:
@@ -107,17 +114,12 @@ def is_trusted(address: Optional[str], trusted: Sequence[str]) -> bool:
 
 
 def _plan(host: GateHost, wanted: Optional[Wanted], found: Found) -> dict[str, Any]:
-    warnings: list[str] = []
-    if wanted is None:
-        differences = (
-            [Difference("the gate", "a gate with its table, files and unit\n", "")] if host.exists(found) else []
-        )
-    else:
+    if wanted is not None:
         differences = host.differences(wanted, found)
-        if differences and found.version is not None:
-            host.check(wanted)
-        elif differences:
-            warnings.append("The rules were not validated: the back end is not installed on this host yet.")
+    elif host.exists(found):
+        differences = [Difference("the gate", "a gate with its table, files and unit\n", "")]
+    else:
+        differences = []
     return {
         "changed": bool(differences),
         "reasons": [difference.what for difference in differences],
@@ -125,7 +127,6 @@ def _plan(host: GateHost, wanted: Optional[Wanted], found: Found) -> dict[str, A
             {"before_header": item.what, "after_header": item.what, "before": item.before, "after": item.after}
             for item in differences
         ],
-        "warnings": warnings,
     }
 
 

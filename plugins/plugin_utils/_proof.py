@@ -88,8 +88,12 @@ def further_addresses(addresses: Sequence[Address], ipv6_addresses: Sequence[str
 
 
 def sources_towards(addresses: Sequence[Address]) -> list[str]:
-    """The addresses that this machine's packets to these ones leave from, as far as there is a way; asking sends none."""
-    return sorted({source for address in addresses for source in [_local_address(address)] if source})
+    """The addresses that this machine's packets to these ones leave from, as far as there is a way; asking sends none.
+
+    Without link-local ones, whose scope means nothing on the host.
+    """
+    sources = {_local_address(address) for address in addresses}
+    return sorted(source for source in sources if source and "%" not in source)
 
 
 def subject_of(

@@ -269,6 +269,7 @@ def test_removal_without_a_file_goes_back_too(host: GateHost, tmp_path: Path) ->
         host.take_away(host.inspect(), "bb", 3600)
     host.trial.restore("bb")
     assert (tmp_path / "kernel").read_text() == "the gate\n"
+    assert host.outcome("bb", removal=True) == "restored"
 
 
 def test_gate_that_does_not_load_goes_back_to_the_closed_table(host: GateHost, tmp_path: Path) -> None:

@@ -46,11 +46,15 @@ def unit() -> Iterator[Check]:
 
 
 def lint() -> Iterator[Check]:
-    scripts = [str(path.relative_to(ROOT)) for folder in ("scripts", "demo") for path in (ROOT / folder).glob("*.sh")]
+    scripts = [
+        str(path.relative_to(ROOT)) for folder in ("scripts", "demo", "roles") for path in (ROOT / folder).rglob("*.sh")
+    ]
     yield Check("yamllint", ["yamllint", "--strict", "."])
     yield Check("ruff-check", ["ruff", "check", "."])
     yield Check("ruff-format", ["ruff", "format", "--check", "."])
     yield Check("mypy-plugins", ["mypy", "-p", "ansible_collections.fleet.portknock.plugins"])
+    # What the role puts on hosts as it is.
+    yield Check("mypy-roles", ["mypy", "roles"])
     # One by one: each folder of tests has a conftest and helpers that it imports by their bare names.
     for folder in (ROOT / "scripts", ROOT / "bench", ROOT / "molecule", *sorted((ROOT / "tests").iterdir())):
         if any(folder.rglob("*.py")):

@@ -9,14 +9,14 @@ compared with what the kernel has, and taken away again; keeping them, trying th
 from __future__ import annotations
 
 import re
-from typing import Any, Optional
+from typing import Any, Mapping, NamedTuple, Optional
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
     TABLE,
     close_window,
     is_dormant,
-    listing_digest,
+    listing_digests,
     open_windows,
     read_listing,
     replace_transaction,
@@ -24,6 +24,9 @@ from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import Peer
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Completed, Runner
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
+
+CONFIG_FOLDER = "/etc/fleet-portknock"
+UNIT_FOLDER = "/etc/systemd/system"
 
 # On one line with what follows it, so that the line that nft names is the template's.
 _FRESH_TABLE = f"add table inet {TABLE}; delete table inet {TABLE}; "
@@ -59,11 +62,36 @@ _NOT_INSTALLED = 127
 _LINE = re.compile(r"^[^\n:]*:([0-9]+):[0-9]+", re.MULTILINE)
 
 
+class HostFile(NamedTuple):
+    """A file that a gate consists of: the template that makes it, where it lies on the host, and its mode.
+
+    A mode without rights for others than root means that the file may hold secrets.
+    """
+
+    template: str
+    path: str
+    mode: int
+
+
 class Nftables:
     """The gate as one table of the kernel's own packet filter."""
 
     name = "nftables"
     program = "nft"
+    # In the order in which they are written. The gate comes last: it alone is what a reboot brings back.
+    files: Mapping[str, HostFile] = {
+        "closed": HostFile("closed.nft.j2", f"{CONFIG_FOLDER}/closed.nft", 0o600),
+        "load": HostFile("load.sh", f"{CONFIG_FOLDER}/load.sh", 0o700),
+        "watch": HostFile("watch.py", f"{CONFIG_FOLDER}/watch.py", 0o700),
+        "unit": HostFile("fleet-portknock.service.j2", f"{UNIT_FOLDER}/fleet-portknock.service", 0o644),
+        "watch_unit": HostFile(
+            "fleet-portknock-watch.service.j2", f"{UNIT_FOLDER}/fleet-portknock-watch.service", 0o644
+        ),
+        "gate": HostFile("gate.nft.j2", f"{CONFIG_FOLDER}/gate.nft", 0o600),
+    }
+    # The units that boot starts, and those of them that go on running.
+    units = ("fleet-portknock.service", "fleet-portknock-watch.service")
+    services = ("fleet-portknock-watch.service",)
 
     def __init__(self, run: Runner = run_program) -> None:
         self._run = run
@@ -91,14 +119,17 @@ class Nftables:
                 )
         return {name: self._check(text).code == 0 for name, text in _WANTED.items()}
 
-    def check(self, text: str, what: str) -> None:
-        """Let nft and the kernel check a template's text without loading it.
+    def check(self, texts: Mapping[str, str]) -> None:
+        """Let nft and the kernel check the rules among the files' texts without loading them.
 
-        :raises PortknockError: it is refused; says where, never what, since nft quotes the line with its ports.
+        :raises PortknockError: some are refused; says where, never what, since nft quotes the line with its ports.
         """
-        done = self._run([self.program, "-c", "-f", "-"], _FRESH_TABLE + text)
-        if done.code != 0:
-            raise PortknockError(f"{what}: expected rules that nft accepts; it refuses them ({_cause(done)}).")
+        for name in ("gate", "closed"):
+            done = self._run([self.program, "-c", "-f", "-"], _FRESH_TABLE + texts[name])
+            if done.code != 0:
+                raise PortknockError(
+                    f"{self.files[name].template}: expected rules that nft accepts; it refuses them ({_cause(done)})."
+                )
 
     def boot_text(self, text: str) -> str:
         """What is kept on disk: loads whatever is in the kernel, in one transaction."""
@@ -132,9 +163,9 @@ class Nftables:
         """Whether nft and the kernel would load what is kept on disk (see :meth:`boot_text`)."""
         return self._run([self.program, "-c", "-f", "-"], text).code == 0
 
-    def digest(self, listing: dict[str, Any]) -> str:
-        """A digest of what the table says, apart from what comes and goes in it."""
-        return listing_digest(listing)
+    def digests(self, listing: dict[str, Any]) -> dict[str, str]:
+        """What the table says, apart from what comes and goes in it: a digest of each chain, set and map."""
+        return listing_digests(listing)
 
     def load(self, text: str, listing: Optional[dict[str, Any]]) -> None:
         """Put the text in place of what is loaded: one transaction, open windows stay.
@@ -203,4 +234,4 @@ def _cause(done: Completed) -> str:
     return f"{where}{'syntax error' if 'syntax error' in done.stderr else f'exit code {done.code}'}"
 
 
-__all__ = ("BACK_ENDS", "Nftables", "back_end")
+__all__ = ("BACK_ENDS", "CONFIG_FOLDER", "UNIT_FOLDER", "HostFile", "Nftables", "back_end")

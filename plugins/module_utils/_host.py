@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A gate on its host: what is there, what differs from what is wanted, and the way from the one to the other.
 
-What a reboot brings back is one file, ``gate.nft``; replacing or removing it is the moment of commitment. Everything
-else is either harmless without it (the unit, the closed table) or volatile (the kernel's table, the trial).
+What a reboot brings back is one of the back end's files, the gate; replacing or removing it is the moment of commitment.
+Everything else is either harmless without it (units, the closed table) or volatile (the kernel's table, the trial).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shlex
 import shutil
 from typing import Any, Mapping, NamedTuple, Optional
 
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import Nftables
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import CONFIG_FOLDER, UNIT_FOLDER, Nftables
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._masking import masked
 from ansible_collections.fleet.portknock.plugins.module_utils._system import (
@@ -30,12 +30,9 @@ from ansible_collections.fleet.portknock.plugins.module_utils._system import (
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._trial import Trial
 
-CONFIG_FOLDER = "/etc/fleet-portknock"
 RUN_FOLDER = "/run/fleet-portknock"
-UNIT_FOLDER = "/etc/systemd/system"
-UNIT = "fleet-portknock.service"
-# Targets and services that pull the unit in, as its [Install] section says.
-WANTED_BY = ("sysinit.target", "nftables.service")
+# What pulls the units in at boot, as their [Install] sections say.
+WANTED_BY = "sysinit.target"
 _STATE_MARK = "# fleet.portknock state: "
 _HEADER = "# Written by fleet.portknock. Changes made by hand are found and undone by its next run.\n"
 
@@ -43,27 +40,27 @@ _HEADER = "# Written by fleet.portknock. Changes made by hand are found and undo
 class Wanted(NamedTuple):
     """The gate that a host is to have.
 
-    ``gate`` and ``closed`` are rendered rules, ``unit`` a systemd service; ``keyring`` and ``generation`` say whose
+    ``texts`` are the rendered files, by the names that the back end gives them; ``keyring`` and ``generation`` say whose
     secrets these are, so that a stale keyring is noticed.
     """
 
-    gate: str
-    closed: str
-    unit: str
+    texts: Mapping[str, str]
     keyring: str
     generation: int
 
 
 class Found(NamedTuple):
-    """What the host has: rendered rules or None, the recorded state, the other files, and the kernel's table."""
+    """What the host has: the texts of its files, None where one is missing, the recorded state, and the kernel's table.
 
-    gate: Optional[str]
+    ``enabled`` and ``running`` are the units of the back end that boot starts, and those that run now.
+    """
+
+    texts: Mapping[str, Optional[str]]
     state: Mapping[str, Any]
-    closed: Optional[str]
-    unit: Optional[str]
     is_on_disk: bool
     private: bool
-    enabled: bool
+    enabled: frozenset[str]
+    running: frozenset[str]
     listing: Optional[dict[str, Any]]
     version: Optional[str]
 
@@ -87,38 +84,38 @@ class GateHost:
         self._run = run
         self._config = root + CONFIG_FOLDER
         self._units = root + UNIT_FOLDER
-        self._gate = os.path.join(self._config, "gate.nft")
-        self._closed = os.path.join(self._config, "closed.nft")
-        self._unit = os.path.join(self._units, UNIT)
+        self._paths = {name: root + file.path for name, file in backend.files.items()}
+        self._gate = self._paths["gate"]
         self.trial = Trial(root + RUN_FOLDER, run)
 
     def inspect(self) -> Found:
         """Read files and kernel; changes nothing."""
-        text = read_text(self._gate)
+        texts = {name: read_text(path) for name, path in self._paths.items()}
+        boot_text = texts["gate"]
+        if boot_text is not None:
+            texts["gate"] = self._backend.body(boot_text)
+        enabled = frozenset(unit for unit in self._backend.units if os.path.islink(self._link(unit)))
         return Found(
-            gate=None if text is None else self._backend.body(text),
-            state=_state_in(text or ""),
-            closed=read_text(self._closed),
-            unit=read_text(self._unit),
-            is_on_disk=text is not None,
-            private=text is None or _is_private(self._config, self._gate, self._closed),
-            enabled=all(os.path.islink(link) for link in self._links()),
+            texts=texts,
+            state=_state_in(boot_text or ""),
+            is_on_disk=boot_text is not None,
+            private=boot_text is None or self._is_private(),
+            enabled=enabled,
+            running=frozenset(unit for unit in self._backend.services if unit in enabled and self._runs(unit)),
             listing=self._backend.listing(),
             version=self._backend.version(),
         )
 
     def exists(self, found: Found) -> bool:
         """Whether anything of a gate is there."""
-        return bool(found.listing is not None or found.unit is not None or found.enabled or os.path.isdir(self._config))
+        has_files = any(text is not None for text in found.texts.values()) or os.path.isdir(self._config)
+        return bool(found.listing is not None or has_files or found.enabled)
 
     def differences(self, wanted: Wanted, found: Found) -> list[Difference]:
         """What is not as wanted, in files and kernel; empty when there is nothing to do."""
         differences = []
-        for path, before, after in (
-            (self._gate, found.gate, wanted.gate),
-            (self._closed, found.closed, wanted.closed),
-            (self._unit, found.unit, wanted.unit),
-        ):
+        for name, path in self._paths.items():
+            before, after = found.texts[name], wanted.texts[name]
             if before != after:
                 differences.append(Difference(path, *masked(before or "", after)))
         if found.is_on_disk:
@@ -129,12 +126,11 @@ class GateHost:
         return differences
 
     def check(self, wanted: Wanted) -> None:
-        """Let the back end's own checker read both rulesets.
+        """Let the back end's own checker read the rules.
 
-        :raises PortknockError: one is refused.
+        :raises PortknockError: some are refused.
         """
-        self._backend.check(wanted.gate, "gate.nft.j2")
-        self._backend.check(wanted.closed, "closed.nft.j2")
+        self._backend.check(wanted.texts)
 
     def apply(self, wanted: Wanted, found: Found, run: str, seconds: int) -> None:
         """Arm the way back, then load the wanted gate. The trial's lock must be held.
@@ -143,10 +139,9 @@ class GateHost:
         """
         self.check(wanted)
         committed = f"cmp -s {shlex.quote(self._gate)} {shlex.quote(self.trial.path('committed'))}"
-        self._begin(run, seconds, committed, found, wanted.closed)
-        self._backend.load(wanted.gate, found.listing)
-        listing = self._backend.listing()
-        write_text(self.trial.path("loaded"), self._backend.digest(listing) if listing else "", 0o600)
+        self._begin(run, seconds, "applied", committed, found, wanted.texts["closed"])
+        self._backend.load(wanted.texts["gate"], found.listing)
+        write_text(self.trial.path("loaded"), _as_text(self._digests()), 0o600)
 
     def confirm(self, wanted: Wanted, run: str) -> None:
         """Make the loaded gate the one that a reboot brings back, then disarm. The trial's lock must be held.
@@ -154,18 +149,19 @@ class GateHost:
         :raises PortknockError: the trial has ended, or what is loaded is not what was loaded for it.
         """
         self.trial.require(run)
-        listing = self._backend.listing()
-        digest = self._backend.digest(listing) if listing else None
-        if digest is None or digest != read_text(self.trial.path("loaded")):
+        digests = self._digests()
+        if not digests or _as_text(digests) != read_text(self.trial.path("loaded")):
             raise PortknockError("The gate on trial is no longer loaded as it was: another program has changed it.")
         _make_private_folder(self._config)
-        write_text(self._closed, wanted.closed, 0o600)
-        write_text(self._unit, wanted.unit, 0o644)
+        for name, path in self._paths.items():
+            if path != self._gate:
+                write_text(path, wanted.texts[name], self._backend.files[name].mode)
         self._systemctl("daemon-reload")
-        self._systemctl("enable", UNIT)
-        for link in self._links():
-            sync_folder(os.path.dirname(link))
-        text = self._boot_text(wanted, digest, run)
+        self._systemctl("enable", *self._backend.units)
+        sync_folder(os.path.dirname(self._link(self._backend.units[0])))
+        # They answer before the gate is kept: one that nobody watches over would not stay closed.
+        self._systemctl("restart", *self._backend.services)
+        text = self._boot_text(wanted, digests, run)
         write_text(self.trial.path("committed"), text, 0o600)
         write_text(self._gate, text, 0o600)
         self.trial.end()
@@ -184,14 +180,17 @@ class GateHost:
     def take_away(self, found: Found, run: str, seconds: int) -> None:
         """Arm the way back, then take the gate out of the kernel. The trial's lock must be held."""
         gate, marker = shlex.quote(self._gate), shlex.quote(self.trial.path("committed"))
-        self._begin(run, seconds, f"[ ! -e {gate} ]" if found.is_on_disk else f"[ -e {marker} ]", found, found.closed)
+        committed = f"[ ! -e {gate} ]" if found.is_on_disk else f"[ -e {marker} ]"
+        self._begin(run, seconds, "absent", committed, found, found.texts["closed"])
         self._backend.unload()
 
     def confirm_away(self, run: str) -> None:
         """Remove what is left of the gate, then disarm. The trial's lock must be held."""
         self.trial.require(run)
         remove_file(self._gate)
-        self._remove_files()
+        done = self._run(["/bin/sh", "-c", self._removal_command()], None)
+        if done.code != 0:
+            raise PortknockError(f"What is left of the gate can't be removed: exit code {done.code}.")
         write_text(self.trial.path("committed"), "", 0o600)
         self.trial.end()
 
@@ -199,33 +198,47 @@ class GateHost:
         """Remove the run-time folder: the last trace of a gate that was taken away."""
         shutil.rmtree(self.trial.folder, ignore_errors=True)
 
-    def _remove_files(self) -> None:
-        """Remove everything on disk but ``gate.nft`` itself, whose removal is the moment of commitment."""
-        if os.path.exists(self._unit) or any(os.path.islink(link) for link in self._links()):
-            self._systemctl("disable", UNIT)
-            remove_file(self._unit)
-            self._systemctl("daemon-reload")
-        shutil.rmtree(self._config, ignore_errors=True)
-
-    def _begin(self, run: str, seconds: int, committed: str, found: Found, closed: Optional[str]) -> None:
-        texts = {"former.nft": self._way_back(found, closed)}
+    def _begin(self, run: str, seconds: int, kind: str, committed: str, found: Found, closed: Optional[str]) -> None:
+        texts = {"kind": kind, "former": self._way_back(found, closed)}
         # A confirmation that died half-way has written these already.
-        commands = []
-        for name, target in (("former.closed", self._closed), ("former.unit", self._unit)):
-            text = read_text(target)
+        commands = ['restored="${restored-}"']
+        for name, path in self._paths.items():
+            if path == self._gate:
+                continue
+            text = found.texts[name]
+            target, former = shlex.quote(path), shlex.quote(self.trial.path(f"former.{name}"))
             if text is None:
-                commands.append(f"rm -f {shlex.quote(target)}")
+                commands.append(f"{{ [ ! -e {target} ] || {{ rm -f {target} && restored=yes; }}; }}")
             else:
-                texts[name] = text
-                former = shlex.quote(self.trial.path(name))
-                commands.append(f"{{ cmp -s {former} {shlex.quote(target)} || cp {former} {shlex.quote(target)}; }}")
-        left = [link for link in self._links() if not os.path.islink(link)]
-        left += [temporary_path(target) for target in (self._gate, self._closed, self._unit)]
+                texts[f"former.{name}"] = text
+                commands.append(f"{{ cmp -s {former} {target} || {{ cp {former} {target} && restored=yes; }}; }}")
+        left = [self._link(unit) for unit in self._backend.units if unit not in found.enabled]
+        left += [temporary_path(path) for path in self._paths.values()]
         commands.append(f"rm -f {' '.join(map(shlex.quote, left))}")
         if not os.path.isdir(self._config):
             commands.append(f"rm -rf {shlex.quote(self._config)}")
-        load = self._backend.restore_command(shlex.quote(self.trial.path("former.nft")))
-        self.trial.begin(run, seconds, load, " && ".join(commands), committed, texts)
+        services = "".join(
+            f" systemctl {'restart' if unit in found.running else 'stop'} {unit};" for unit in self._backend.services
+        )
+        commands.append(f'{{ [ -z "$restored" ] || {{ systemctl daemon-reload;{services} :; }}; }}')
+        self.trial.begin(
+            run,
+            seconds,
+            load=self._backend.restore_command(shlex.quote(self.trial.path("former"))),
+            files=" && ".join(commands),
+            committed=committed,
+            finish=self._removal_command() if kind == "absent" else ":",
+            texts=texts,
+        )
+
+    def _removal_command(self) -> str:
+        """Shell command that removes everything on disk but the gate itself, whose removal is the moment of commitment."""
+        units = [path for path in self._paths.values() if path.startswith(self._units)]
+        files = " ".join(shlex.quote(path) for path in (*units, *map(self._link, self._backend.units)))
+        return (
+            f"systemctl --quiet disable --now {' '.join(self._backend.units)}; rm -f {files} && systemctl daemon-reload && "
+            f"rm -rf {shlex.quote(self._config)}"
+        )
 
     def _way_back(self, found: Found, closed: Optional[str]) -> str:
         """What brings the former state of the kernel back.
@@ -244,16 +257,16 @@ class GateHost:
             return self._backend.boot_text(closed)
         return self._backend.unload_text()
 
-    def _boot_text(self, wanted: Wanted, digest: str, run: str) -> str:
+    def _boot_text(self, wanted: Wanted, digests: Mapping[str, str], run: str) -> str:
         state = {
             "backend": self._backend.name,
-            "digest": digest,
+            "digests": digests,
             "generation": wanted.generation,
             "keyring": wanted.keyring,
             "run": run,
             "version": self._backend.version(),
         }
-        return _HEADER + _STATE_MARK + json.dumps(state, sort_keys=True) + "\n" + self._backend.boot_text(wanted.gate)
+        return _HEADER + _STATE_MARK + _as_text(state) + "\n" + self._backend.boot_text(wanted.texts["gate"])
 
     def _state_differences(self, wanted: Wanted, found: Found) -> list[Difference]:
         differences = []
@@ -264,28 +277,52 @@ class GateHost:
             differences.append(
                 Difference(self._config, "others than root can read or write it\n", "only root can read and write it\n")
             )
-        if not found.enabled:
-            differences.append(Difference(UNIT, "not started at boot\n", "started at boot\n"))
+        for unit in self._backend.units:
+            if unit not in found.enabled:
+                differences.append(Difference(unit, "not started at boot\n", "started at boot\n"))
+            elif unit in self._backend.services and unit not in found.running:
+                differences.append(Difference(unit, "not running\n", "running\n"))
         return differences
 
     def _kernel_difference(self, found: Found) -> Optional[str]:
+        """What of the kernel's table isn't as it was confirmed, a line each, without the names' contents."""
         if found.listing is None:
             return "no gate is loaded in the kernel"
-        if found.gate is None:
+        if found.texts["gate"] is None:
             return "a table of the gate's name is loaded, and no gate was confirmed"
         if found.state.get("version") != found.version:
             return f"confirmed with {self._backend.program} {found.state.get('version')}, which lists it differently"
-        if found.state.get("digest") != self._backend.digest(found.listing):
-            return "the loaded table is not the one that was confirmed"
-        return None
+        confirmed, loaded = found.state.get("digests"), self._backend.digests(found.listing)
+        if not isinstance(confirmed, dict):
+            return "what was confirmed is not recorded"
+        return "\n".join(
+            f"{name} {'is missing' if name not in loaded else 'was added' if name not in confirmed else 'was changed'}"
+            for name in sorted({*confirmed, *loaded})
+            if confirmed.get(name) != loaded.get(name)
+        )
 
-    def _links(self) -> list[str]:
-        return [os.path.join(self._units, f"{target}.wants", UNIT) for target in WANTED_BY]
+    def _digests(self) -> dict[str, str]:
+        listing = self._backend.listing()
+        return self._backend.digests(listing) if listing is not None else {}
+
+    def _link(self, unit: str) -> str:
+        return os.path.join(self._units, f"{WANTED_BY}.wants", unit)
+
+    def _runs(self, unit: str) -> bool:
+        return self._run(["systemctl", "--quiet", "is-active", unit], None).code == 0
+
+    def _is_private(self) -> bool:
+        secret = [self._paths[name] for name, file in self._backend.files.items() if not file.mode & 0o077]
+        return _is_private(self._config, *filter(os.path.exists, secret))
 
     def _systemctl(self, *arguments: str) -> None:
         done = self._run(["systemctl", "--quiet", *arguments], None)
         if done.code != 0:
             raise PortknockError(f"systemctl {' '.join(arguments)} failed with exit code {done.code}.")
+
+
+def _as_text(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def _state_in(boot_text: str) -> Mapping[str, Any]:
@@ -319,9 +356,7 @@ def _make_private_folder(path: str) -> None:
 
 
 __all__ = (
-    "CONFIG_FOLDER",
     "RUN_FOLDER",
-    "UNIT",
     "WANTED_BY",
     "Difference",
     "Found",

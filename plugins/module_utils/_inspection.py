@@ -50,8 +50,9 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
     peer = ssh_peer(pid)
     return {
         "gate": {
-            "present": found.gate is not None,
+            "present": found.texts["gate"] is not None,
             "loaded": found.listing is not None,
+            "watched": found.running.issuperset(enforcer.services),
             "on_trial": host.trial.pending() is not None,
             "backend": found.state.get("backend"),
             "keyring": found.state.get("keyring"),

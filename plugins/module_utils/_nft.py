@@ -82,27 +82,32 @@ def is_dormant(listing: Mapping[str, Any]) -> bool:
     return any(kind == "table" and found.get("flags") for kind, found in _objects(listing))
 
 
-def normalise(listing: Mapping[str, Any]) -> str:
-    """The listing of a table as text that is the same for every load of the same rules by the same version of nft.
+def normalise(listing: Mapping[str, Any]) -> dict[str, str]:
+    """The listing of a table as texts that are the same for every load of the same rules by the same version of nft.
 
     Left out are handles, counts and the elements of sets that rules write. A rule, its place in its chain, a chain's hook
     and policy, a set's attributes and the elements of a set that only nft writes are all in it.
+
+    :returns: a text for each chain (with its rules), set and map, and the table itself, by kind and name (``chain lock``).
     """
-    rules: dict[str, list[Any]] = {}
-    others = []
+    objects: dict[str, list[Any]] = {}
     for kind, found in _objects(listing):
         if kind == "rule":
-            rules.setdefault(found["chain"], []).append(_stable(found))
+            # Listed after its chain, in the order in which the rules are gone through.
+            objects.setdefault(f"chain {found['chain']}", []).append(_stable(found))
             continue
         if kind in ("set", "map") and "timeout" in found.get("flags", ()):
             found = {key: value for key, value in found.items() if key != "elem"}
-        others.append([kind, _stable(found)])
-    return json.dumps([sorted(others, key=_text), rules], sort_keys=True)
+        objects.setdefault(f"{kind} {found['name']}", []).insert(0, _stable(found))
+    return {name: _text(parts) for name, parts in objects.items()}
 
 
-def listing_digest(listing: Mapping[str, Any]) -> str:
-    """SHA-256 of :func:`normalise`, in hex. To be compared only with one that the same version of nft listed."""
-    return hashlib.sha256(normalise(listing).encode()).hexdigest()
+def listing_digests(listing: Mapping[str, Any]) -> dict[str, str]:
+    """A digest of each of :func:`normalise`'s texts: SHA-256, the first 64 bits in hex.
+
+    To be compared only with those that the same version of nft listed.
+    """
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in normalise(listing).items()}
 
 
 def close_window(address: str, interface: Optional[str]) -> list[str]:
@@ -174,7 +179,7 @@ __all__ = (
     "TABLE",
     "close_window",
     "is_dormant",
-    "listing_digest",
+    "listing_digests",
     "normalise",
     "open_windows",
     "read_listing",

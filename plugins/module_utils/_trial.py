@@ -38,10 +38,10 @@ LOCK_SECONDS = 15.0
 # How much later than its deadline a trial may still be there before it counts as abandoned.
 GRACE_SECONDS = 15.0
 
-# {committed}, {load} and {files} are shell commands; {folder} and {run} are quoted already.
+# {committed}, {load}, {files} and {finish} are shell commands; {folder} and {run} are quoted already.
 _SCRIPT = """\
 #!/bin/sh
-# Goes back to what was there before the trial, unless the trial has been confirmed meanwhile.
+# Goes back to what was there before the trial; where it has been confirmed meanwhile, does what the confirmation left undone.
 PATH={path}
 exec 9>>{folder}/lock || exit 1
 flock 9 || exit 1
@@ -57,7 +57,9 @@ go_back() {{
     fi
     {files}
 }}
-if ! {{ {committed}; }}; then
+if {{ {committed}; }}; then
+    {{ {finish}; }} >/dev/null 2>&1
+else
     tries=0
     until go_back >/dev/null 2>&1; do
         tries=$((tries + 1))
@@ -157,7 +159,17 @@ class Trial:
             else:
                 time.sleep(0.2)
 
-    def begin(self, run: str, seconds: int, load: str, files: str, committed: str, texts: Mapping[str, str]) -> None:
+    def begin(
+        self,
+        run: str,
+        seconds: int,
+        *,
+        load: str,
+        files: str,
+        committed: str,
+        finish: str,
+        texts: Mapping[str, str],
+    ) -> None:
         """Write down the way back and arm the timer, while the lock is held. Nothing may be changed before this returns.
 
         :param run: the run's id: hexadecimal digits.
@@ -165,6 +177,7 @@ class Trial:
         :param load: shell command that brings the former state of the kernel back; tried until it succeeds.
         :param files: shell command that brings the former files back, then; likewise.
         :param committed: shell condition that holds once the change has been confirmed.
+        :param finish: shell command for what is left to do where a confirmation died after that condition came to hold.
         :param texts: name and content of the files that the commands use, see :meth:`path`.
         :raises PortknockError: the way back can't be written, or the timer can't be armed.
         """
@@ -180,6 +193,7 @@ class Trial:
                 committed=committed,
                 load=load,
                 files=files,
+                finish=finish,
             )
             write_text(self._script(run), script, 0o700)
             write_text(self.path("deadline"), f"{_uptime() + seconds:.2f}", 0o600)

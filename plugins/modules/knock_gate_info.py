@@ -57,6 +57,9 @@ gate:
     loaded:
       description: Whether the kernel has the gate's table.
       type: bool
+    watched:
+      description: Whether the service runs that brings the gate back when another program takes it away.
+      type: bool
     on_trial:
       description: Whether a change waits for its confirmation.
       type: bool

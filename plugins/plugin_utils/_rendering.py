@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import back_end
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
-
-# What is rendered for the host: the gate, the table that stands in where the gate can't be loaded at boot, and the unit.
-TEMPLATES = {"gate": "gate.nft.j2", "closed": "closed.nft.j2", "unit": "fleet-portknock.service.j2"}
 
 
 def render(folder: Path, backend: str, gate: Mapping[str, Any]) -> dict[str, str]:
@@ -23,7 +21,7 @@ def render(folder: Path, backend: str, gate: Mapping[str, Any]) -> dict[str, str
 
     :param folder: holds a folder of templates for each back end.
     :param gate: the model that the templates see.
-    :returns: the texts, with the keys of :data:`TEMPLATES`.
+    :returns: the texts of the back end's files, by its names for them.
     :raises PortknockError: a template is missing or wrong; says which and on what line, never with what values.
     """
     # Plain text for nft and systemd, so there is nothing to escape; lines that hold only a statement leave nothing behind.
@@ -36,7 +34,8 @@ def render(folder: Path, backend: str, gate: Mapping[str, Any]) -> dict[str, str
         autoescape=False,  # noqa: S701
     )
     texts = {}
-    for key, name in TEMPLATES.items():
+    for key, file in back_end(backend).files.items():
+        name = file.template
         try:
             texts[key] = environment.get_template(name).render(gate=gate)
         except TemplateError as exc:
@@ -52,4 +51,4 @@ def render(folder: Path, backend: str, gate: Mapping[str, Any]) -> dict[str, str
     return texts
 
 
-__all__ = ("TEMPLATES", "render")
+__all__ = ("render",)

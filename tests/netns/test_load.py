@@ -13,7 +13,7 @@ import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
     TABLE,
     close_window,
-    listing_digest,
+    listing_digests,
     replace_transaction,
 )
 from netlab import CLIENT4, HOST4, SEQUENCE, SSH, Lab, fold, network
@@ -139,7 +139,7 @@ def test_fewer_windows_than_there_are(lab: Lab) -> None:
 
 def test_nothing_of_the_former_ruleset_stays(lab: Lab) -> None:
     lab.gate()
-    fresh = listing_digest(lab.listing() or {})
+    fresh = listing_digests(lab.listing() or {})
     lab.host.nft(
         f"table inet {TABLE} {{\n"
         "map verdicts { type inet_service : verdict; elements = { 7 : goto extra }\n}\n"
@@ -148,7 +148,7 @@ def test_nothing_of_the_former_ruleset_stays(lab: Lab) -> None:
         "chain base { type filter hook input priority 5; policy drop;\n tcp dport vmap @verdicts\n}\n}\n"
     )
     lab.gate()
-    assert listing_digest(lab.listing() or {}) == fresh
+    assert listing_digests(lab.listing() or {}) == fresh
     assert lab.look(CLIENT4) == "reset"
 
 
@@ -177,22 +177,22 @@ CHANGES: dict[str, Callable[[Lab], str]] = {
 @pytest.mark.parametrize("change", sorted(CHANGES))
 def test_the_digest_tells_a_change(lab: Lab, change: str) -> None:
     lab.gate(trusted_sources=["198.51.100.0/24"])
-    before = listing_digest(lab.listing() or {})
+    before = listing_digests(lab.listing() or {})
     lab.host.nft(CHANGES[change](lab))
-    assert listing_digest(lab.listing() or {}) != before
+    assert listing_digests(lab.listing() or {}) != before
 
 
 def test_the_digest_is_the_same_for_the_same_rules(lab: Lab) -> None:
     """Whatever packets have done, and however often they are loaded."""
     lab.gate(trusted_sources=["198.51.100.0/24", "2001:db8:f::/48"])
-    before = listing_digest(lab.listing() or {})
+    before = listing_digests(lab.listing() or {})
     lab.knock(lab.source())
     lab.knock(lab.source(6))
     lab.look(CLIENT4)
-    assert listing_digest(lab.listing() or {}) == before
+    assert listing_digests(lab.listing() or {}) == before
     for _ in range(3):
         lab.gate(trusted_sources=["198.51.100.0/24", "2001:db8:f::/48"])
-        assert listing_digest(lab.listing() or {}) == before
+        assert listing_digests(lab.listing() or {}) == before
 
 
 def test_closing_one_window(lab: Lab) -> None:

@@ -77,7 +77,7 @@ def test_no_table_is_not_the_same_as_no_answer() -> None:
 
 def test_a_refusal_says_where_and_not_what() -> None:
     with pytest.raises(PortknockError) as raised:
-        Nftables(Nft(REFUSED)).check(TEXT, "gate.nft.j2")
+        Nftables(Nft(REFUSED)).check({"gate": TEXT, "closed": TEXT})
     assert str(raised.value) == (
         "gate.nft.j2: expected rules that nft accepts; it refuses them (line 7: syntax error)."
     )

@@ -6,25 +6,39 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import pytest
+from ansible_collections.fleet.portknock.plugins.module_utils import _host
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import CONFIG_FOLDER, UNIT_FOLDER, HostFile
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._host import UNIT, WANTED_BY, GateHost, Wanted
+from ansible_collections.fleet.portknock.plugins.module_utils._host import WANTED_BY, GateHost, Wanted
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Completed, run
 
-WANTED = Wanted(gate="the gate\n", closed="closed\n", unit="unit\n", keyring="k1", generation=1)
-NEWER = WANTED._replace(gate="another gate\n", unit="another unit\n", generation=2)
+UNIT = "fleet-portknock.service"
+SERVICE = "fleet-portknock-watch.service"
+TEXTS = {"closed": "closed\n", "load": "load\n", "unit": "unit\n", "service": "service\n", "gate": "the gate\n"}
+WANTED = Wanted(TEXTS, keyring="k1", generation=1)
+NEWER = Wanted({**TEXTS, "gate": "another gate\n", "unit": "another unit\n"}, keyring="k1", generation=2)
 
 
 class FileBackend:
-    """A back end whose kernel is one file."""
+    """A back end whose kernel is one file, an object a line."""
 
     name = "file"
     program = "true"
     installed = "1.0"
+    files: Mapping[str, HostFile] = {
+        "closed": HostFile("closed", f"{CONFIG_FOLDER}/closed.nft", 0o600),
+        "load": HostFile("load", f"{CONFIG_FOLDER}/load.sh", 0o700),
+        "unit": HostFile("unit", f"{UNIT_FOLDER}/{UNIT}", 0o644),
+        "service": HostFile("service", f"{UNIT_FOLDER}/{SERVICE}", 0o644),
+        "gate": HostFile("gate", f"{CONFIG_FOLDER}/gate.nft", 0o600),
+    }
+    units = (UNIT, SERVICE)
+    services = (SERVICE,)
 
     def __init__(self, kernel: Path) -> None:
         self.kernel = kernel
@@ -33,9 +47,9 @@ class FileBackend:
     def version(self) -> str:
         return self.installed
 
-    def check(self, text: str, what: str) -> None:
-        if text == self.refuses:
-            raise PortknockError(f"{what}: refused.")
+    def check(self, texts: Mapping[str, str]) -> None:
+        if texts["gate"] == self.refuses:
+            raise PortknockError("gate: refused.")
 
     def boot_text(self, text: str) -> str:
         return f"BOOT\n{text}"
@@ -46,8 +60,8 @@ class FileBackend:
     def listing(self) -> Optional[dict[str, Any]]:
         return {"text": self.kernel.read_text()} if self.kernel.exists() else None
 
-    def digest(self, listing: dict[str, Any]) -> str:
-        return f"digest of {listing['text']}"
+    def digests(self, listing: dict[str, Any]) -> dict[str, str]:
+        return {line.split()[0]: line for line in listing["text"].splitlines()}
 
     def kernel_text(self) -> Optional[str]:
         return self.kernel.read_text() if self.kernel.exists() else None
@@ -74,27 +88,69 @@ def backend(tmp_path: Path) -> FileBackend:
     return FileBackend(tmp_path / "kernel")
 
 
-@pytest.fixture
-def host(tmp_path: Path, backend: FileBackend) -> GateHost:
-    units = tmp_path / "etc/systemd/system"
-    for target in WANTED_BY:
-        (units / f"{target}.wants").mkdir(parents=True)
-    (tmp_path / "run").mkdir()
+class Systemd:
+    """What systemctl does to links, and which services run: they do where their unit is there when they are started."""
 
-    def systemctl(argv: Sequence[str], stdin: Optional[str] = None) -> Completed:
-        links = [units / f"{target}.wants" / UNIT for target in WANTED_BY]
-        if "enable" in argv:
-            for link in links:
-                link.unlink(missing_ok=True)
-                link.symlink_to(units / UNIT)
-        if "disable" in argv:
-            for link in links:
-                link.unlink(missing_ok=True)
-        if argv[0] in ("systemctl", "systemd-run"):
+    def __init__(self, units: Path) -> None:
+        self._units = units
+        self.running: set[str] = set()
+
+    def __call__(self, argv: Sequence[str], stdin: Optional[str] = None) -> Completed:
+        if argv[0] == "systemd-run":
             return Completed(0, "", "")
-        return run(argv, stdin)
+        if argv[0] == "/bin/sh":
+            return self._shell(argv)
+        if argv[0] != "systemctl":
+            return run(argv, stdin)
+        _quiet, verb, *units = argv[1:]
+        if verb == "is-active":
+            return Completed(0 if units[0] in self.running else 3, "", "")
+        if verb == "restart":
+            self.running |= set(units)
+        if verb == "enable":
+            for unit in units:
+                link = self._units / f"{WANTED_BY}.wants" / unit
+                link.unlink(missing_ok=True)
+                link.symlink_to(self._units / unit)
+        return Completed(0, "", "")
 
-    return GateHost(backend, str(tmp_path), systemctl)  # type: ignore[arg-type]
+    def _shell(self, argv: Sequence[str]) -> Completed:
+        """A shell whose systemctl notes what it was asked, and removes links and services as the real one does."""
+        asked = self._units.parent / "systemctl-calls"
+        asked.write_text("")
+        path = self._units.parent / "bin"
+        path.mkdir(exist_ok=True)
+        program = path / "systemctl"
+        program.write_text(f'#!/bin/sh\necho "$*" >>{asked}\n')
+        program.chmod(0o755)
+        script = Path(argv[1]).read_text() if len(argv) == 2 else argv[2]
+        done = run(
+            [
+                "/bin/sh",
+                "-c",
+                script.replace("PATH=/", f"PATH={path}:/", 1) if len(argv) == 2 else f"PATH={path}:$PATH; {script}",
+            ]
+        )
+        for line in asked.read_text().splitlines():
+            verbs, units = set(line.split()), {word for word in line.split() if word.endswith(".service")}
+            if verbs & {"stop", "--now"}:
+                self.running -= units
+            if "restart" in verbs:
+                self.running |= units
+        asked.unlink()
+        return done
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Systemd:
+    return Systemd(tmp_path / "etc/systemd/system")
+
+
+@pytest.fixture
+def host(tmp_path: Path, backend: FileBackend, systemd: Systemd) -> GateHost:
+    (tmp_path / f"etc/systemd/system/{WANTED_BY}.wants").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    return GateHost(backend, str(tmp_path), systemd)  # type: ignore[arg-type]
 
 
 def apply(host: GateHost, wanted: Wanted) -> None:
@@ -109,7 +165,8 @@ def confirm(host: GateHost, wanted: Wanted) -> None:
 
 def files(root: Path) -> dict[str, tuple[int, bytes]]:
     """Every file below /etc and the kernel: what has to be as before, byte for byte."""
-    found = [path for path in (root / "etc").rglob("*") if path.is_file() or path.is_symlink()]
+    found = [path for path in (root / "etc/systemd/system").rglob("*") if path.is_file() or path.is_symlink()]
+    found += (root / "etc/fleet-portknock").glob("*")
     return {
         str(path): (path.lstat().st_mode, path.read_bytes() if path.exists() else b"")
         for path in (*found, root / "kernel")
@@ -122,7 +179,7 @@ def whats(host: GateHost, wanted: Wanted) -> list[str]:
 
 
 def test_a_virgin_host_lacks_everything(host: GateHost) -> None:
-    assert whats(host, WANTED) == ["gate.nft", "closed.nft", UNIT, "the kernel's table"]
+    assert whats(host, WANTED) == ["closed.nft", "load.sh", UNIT, SERVICE, "gate.nft", "the kernel's table"]
     assert not host.exists(host.inspect())
 
 
@@ -149,6 +206,7 @@ def test_files_with_secrets_are_roots_alone(host: GateHost, tmp_path: Path) -> N
     assert {path.name: path.stat().st_mode & 0o777 for path in config.iterdir()} == {
         "gate.nft": 0o600,
         "closed.nft": 0o600,
+        "load.sh": 0o700,
     }
 
 
@@ -167,7 +225,7 @@ def test_going_back_leaves_every_byte_as_before(host: GateHost, tmp_path: Path, 
 
 @pytest.mark.parametrize("former", [None, WANTED])
 def test_confirmation_that_dies_before_the_commit_is_undone(
-    host: GateHost, tmp_path: Path, former: Optional[Wanted], monkeypatch: pytest.MonkeyPatch
+    host: GateHost, systemd: Systemd, tmp_path: Path, former: Optional[Wanted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if former is not None:
         apply(host, former)
@@ -181,13 +239,16 @@ def test_confirmation_that_dies_before_the_commit_is_undone(
             raise KeyboardInterrupt
         real(source, target)
 
+    running = set(systemd.running)
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", dies_at_the_commit)
         with pytest.raises(KeyboardInterrupt):
             confirm(host, NEWER)
     assert files(tmp_path) != before
+    assert systemd.running == {SERVICE}
     host.trial.restore("aa")
     assert files(tmp_path) == before
+    assert systemd.running == running
 
 
 def test_confirmation_that_dies_after_the_commit_stands(
@@ -233,7 +294,30 @@ def test_removal_that_is_not_confirmed_brings_the_gate_back(host: GateHost, tmp_
     assert files(tmp_path) == before
 
 
-def test_removal_leaves_nothing(host: GateHost, tmp_path: Path) -> None:
+def test_removal_that_dies_after_the_commit_is_finished(
+    host: GateHost, systemd: Systemd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(tmp_path)
+    apply(host, WANTED)
+    confirm(host, WANTED)
+
+    def dies(_path: str) -> None:
+        os.unlink(tmp_path / "etc/fleet-portknock/gate.nft")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, host.trial.turn("bb"):
+        host.take_away(host.inspect(), "bb", 3600)
+        patched.setattr(_host, "remove_file", dies)
+        with pytest.raises(KeyboardInterrupt):
+            host.confirm_away("bb")
+    assert systemd.running == {SERVICE}
+    host.trial.restore("bb")
+    assert files(tmp_path) == before
+    assert systemd.running == set()
+    assert not host.exists(host.inspect())
+
+
+def test_removal_leaves_nothing(host: GateHost, systemd: Systemd, tmp_path: Path) -> None:
     before = files(tmp_path)
     apply(host, WANTED)
     confirm(host, WANTED)
@@ -242,6 +326,7 @@ def test_removal_leaves_nothing(host: GateHost, tmp_path: Path) -> None:
         host.confirm_away("bb")
         host.forget()
     assert files(tmp_path) == before
+    assert systemd.running == set()
     assert list((tmp_path / "run").iterdir()) == []
     assert not (tmp_path / "etc/fleet-portknock").exists()
 
@@ -292,9 +377,9 @@ def test_file_that_is_no_text_is_repaired(host: GateHost, tmp_path: Path) -> Non
 
 
 def test_refused_rules_change_nothing(host: GateHost, backend: FileBackend, tmp_path: Path) -> None:
-    backend.refuses = WANTED.gate
+    backend.refuses = WANTED.texts["gate"]
     before = files(tmp_path)
-    with pytest.raises(PortknockError, match=r"^gate\.nft\.j2: refused\.$"):
+    with pytest.raises(PortknockError, match=r"^gate: refused"):
         apply(host, WANTED)
     assert files(tmp_path) == before
     assert host.trial.pending() is None
@@ -317,7 +402,7 @@ def test_what_was_not_loaded_for_the_trial_is_not_confirmed(
         ("echo tampered > {root}/kernel", ["the kernel's table"]),
         ("echo more >> {root}/etc/fleet-portknock/gate.nft", ["gate.nft"]),
         ("rm {root}/etc/fleet-portknock/gate.nft", ["gate.nft", "the kernel's table"]),
-        ("rm {root}/etc/fleet-portknock/closed.nft", ["closed.nft", "fleet-portknock"]),
+        ("rm {root}/etc/fleet-portknock/closed.nft", ["closed.nft"]),
         ("chmod 644 {root}/etc/fleet-portknock/gate.nft", ["fleet-portknock"]),
         ("rm {root}/etc/systemd/system/sysinit.target.wants/fleet-portknock.service", [UNIT]),
         ("rm {root}/etc/systemd/system/fleet-portknock.service", [UNIT]),
@@ -339,3 +424,40 @@ def test_other_secrets_and_an_upgrade_are_seen(host: GateHost, backend: FileBack
     assert whats(host, WANTED._replace(keyring="k2", generation=2)) == ["keyring", "generation"]
     backend.installed = "1.1"
     assert whats(host, WANTED) == ["the kernel's table"]
+
+
+def test_service_that_does_not_run_is_drift(host: GateHost, systemd: Systemd) -> None:
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    systemd.running.clear()
+    assert whats(host, WANTED) == [SERVICE]
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    assert whats(host, WANTED) == []
+
+
+def test_what_differs_in_the_kernel_is_named_and_not_shown(host: GateHost, tmp_path: Path) -> None:
+    wanted = Wanted({**TEXTS, "gate": "lock 48396\nstep 51203\n"}, keyring="k1", generation=1)
+    apply(host, wanted)
+    confirm(host, wanted)
+    (tmp_path / "kernel").write_text("lock 48397\nmore 51204\n")
+    (difference,) = host.differences(wanted, host.inspect())
+    assert difference.before == "lock was changed\nmore was added\nstep is missing\n"
+
+
+def test_gate_on_disk_without_a_record_of_what_was_loaded_is_made_anew(host: GateHost, tmp_path: Path) -> None:
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    gate = tmp_path / "etc/fleet-portknock/gate.nft"
+    gate.write_text(gate.read_text().replace('"digests"', '"others"'))
+    assert whats(host, WANTED) == ["the kernel's table"]
+
+
+@pytest.mark.parametrize(("removal", "kind"), [(False, "applied"), (True, "absent")])
+def test_what_is_on_trial_is_noted_for_the_watch(host: GateHost, tmp_path: Path, removal: bool, kind: str) -> None:
+    apply(host, WANTED)
+    if removal:
+        confirm(host, WANTED)
+        with host.trial.turn("bb"):
+            host.take_away(host.inspect(), "bb", 3600)
+    assert (tmp_path / "run/fleet-portknock/trial/kind").read_text() == kind

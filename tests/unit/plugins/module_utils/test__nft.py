@@ -13,7 +13,7 @@ import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
     TABLE,
     close_window,
-    listing_digest,
+    listing_digests,
     normalise,
     read_listing,
     replace_transaction,
@@ -139,7 +139,7 @@ def test_what_comes_and_goes_is_not_in_the_digest(
     before = copy.deepcopy(listing)
     change(listing)
     assert normalise(listing) == normalise(before)
-    assert listing_digest(listing) == listing_digest(before)
+    assert listing_digests(listing) == listing_digests(before)
 
 
 def _rules_swapped(listing: dict[str, Any]) -> None:
@@ -167,9 +167,9 @@ CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
 
 @pytest.mark.parametrize("name", sorted(CHANGES))
 def test_a_change_is_in_the_digest(listing: dict[str, Any], name: str) -> None:
-    before = listing_digest(listing)
+    before = listing_digests(listing)
     CHANGES[name](listing)
-    assert listing_digest(listing) != before
+    assert listing_digests(listing) != before
 
 
 @pytest.mark.parametrize(

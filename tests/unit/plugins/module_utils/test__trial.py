@@ -58,6 +58,7 @@ def begin(trial: Trial, state: Path, name: str = "aa", seconds: int = LONG) -> N
             load=f"cp {trial.path('former')} {state}",
             files="true",
             committed=f"[ -e {state}.committed ]",
+            finish=f"touch {state}.finished",
             texts={"former": "former"},
         )
     state.write_text("changed")
@@ -82,11 +83,12 @@ def test_timer_survives_whoever_armed_it(tmp_path: Path, state: Path) -> None:
     until(lambda: Trial(str(folder), without_systemd).pending() is None)
 
 
-def test_committed_change_stays_when_the_timer_fires(trial: Trial, state: Path) -> None:
+def test_committed_change_stays_and_is_finished_when_the_timer_fires(trial: Trial, state: Path) -> None:
     begin(trial, state, seconds=1)
     Path(f"{state}.committed").touch()
     until(lambda: trial.pending() is None)
     assert state.read_text() == "changed"
+    assert Path(f"{state}.finished").exists()
 
 
 def test_ended_trial_leaves_no_timer_and_no_way_back(trial: Trial, state: Path) -> None:
@@ -119,7 +121,7 @@ def test_restore_is_tried_until_it_succeeds(trial: Trial, state: Path, tmp_path:
     with trial.lock():
         # Fails the first time: the way back must not depend on one call of a program.
         load = f"if [ -e {tried} ]; then cp {trial.path('former')} {state}; else touch {tried}; false; fi"
-        trial.begin("aa", LONG, load=load, files="true", committed="false", texts={"former": "former"})
+        trial.begin("aa", LONG, load=load, files="true", committed="false", finish="true", texts={"former": "former"})
     state.write_text("changed")
     trial.restore("aa")
     assert state.read_text() == "former"
@@ -168,12 +170,12 @@ def test_second_run_does_the_work_of_a_timer_that_was_killed(
 
 def test_what_can_not_go_back_is_taken_over(trial: Trial, state: Path) -> None:
     with trial.lock():
-        trial.begin("aa", LONG, load="false", files="true", committed="false", texts={})
+        trial.begin("aa", LONG, load="false", files="true", committed="false", finish="true", texts={})
     script = Path(trial.path("restore-aa.sh"))
     script.write_text(script.read_text().replace("-ge 20", "-ge 1"))
     Path(trial.path("deadline")).write_text("0")
     with trial.turn("bb"):
-        trial.begin("bb", LONG, load="true", files="true", committed="false", texts={})
+        trial.begin("bb", LONG, load="true", files="true", committed="false", finish="true", texts={})
     pending = trial.pending()
     assert pending is not None
     assert pending.run == "bb"
@@ -198,7 +200,7 @@ def test_files_are_tried_again_without_loading_again(trial: Trial, state: Path, 
     loads, tried = tmp_path / "loads", tmp_path / "tried"
     with trial.lock():
         files = f"if [ -e {tried} ]; then true; else touch {tried}; false; fi"
-        trial.begin("aa", LONG, load=f"echo x >>{loads}", files=files, committed="false", texts={})
+        trial.begin("aa", LONG, load=f"echo x >>{loads}", files=files, committed="false", finish="true", texts={})
     trial.restore("aa")
     assert loads.read_text() == "x\n"
 
@@ -229,7 +231,7 @@ def test_nothing_is_armed_when_no_timer_can_be(state: Path, tmp_path: Path, monk
     trial = Trial(str(tmp_path / "run"), without_systemd)
     monkeypatch.setattr(subprocess, "Popen", no_process)
     with pytest.raises(PortknockError, match="so nothing was changed"), trial.lock():
-        trial.begin("aa", LONG, "true", "true", "false", {})
+        trial.begin("aa", LONG, load="true", files="true", committed="false", finish="true", texts={})
     assert trial.pending() is None
 
 

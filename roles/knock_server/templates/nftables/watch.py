@@ -1,0 +1,247 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Brings the gate back when another program takes its table away, and says so in the journal.
+
+Runs on the host as fleet-portknock-watch.service, with Python's standard library alone. The kernel tells every change of
+its tables; between changes this process sleeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from typing import Iterator, NamedTuple, Optional
+
+TABLE = "fleet_portknock"
+GATE = "/etc/fleet-portknock/gate.nft"
+LOADER = "/etc/fleet-portknock/load.sh"
+LOCK = "/run/fleet-portknock/lock"
+TRIAL = "/run/fleet-portknock/trial"
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# A run holds the lock while it loads a gate, which takes well under a second.
+LOCK_SECONDS = 1.0
+# How soon to try again what did not work.
+RETRY_SECONDS = 1.0
+# How long the kernel may take to say who changed its tables; it does so at once.
+NAME_SECONDS = 0.05
+PROGRAM_SECONDS = 30
+
+# linux/netlink.h, linux/netfilter/nfnetlink.h and linux/netfilter/nf_tables.h
+_NETLINK_NETFILTER = 12
+_SOL_NETLINK = 270
+_NETLINK_ADD_MEMBERSHIP = 1
+_NFNLGRP_NFTABLES = 7
+_NFNL_SUBSYS_NFTABLES = 10
+_NFT_MSG_DELTABLE = _NFNL_SUBSYS_NFTABLES << 8 | 2
+_NFT_MSG_NEWGEN = _NFNL_SUBSYS_NFTABLES << 8 | 15
+_NFTA_TABLE_NAME = 1
+_NFTA_GEN_PROC_PID = 2
+_NFTA_GEN_PROC_NAME = 3
+_ATTRIBUTE_TYPE = 0x3FFF
+_MESSAGE_HEADER = struct.Struct("=IHHII")
+_ATTRIBUTE_HEADER = struct.Struct("=HH")
+_FAMILY_HEADER_SIZE = 4
+# Asked for beyond the administrator's limit: a ruleset with large sets is told element by element.
+_SO_RCVBUFFORCE = 33
+_BUFFER_SIZE = 4 << 20
+_DATAGRAM_SIZE = 1 << 17
+
+
+class Change(NamedTuple):
+    """What the kernel said at once: whether the gate's table went, and which program did what it tells of."""
+
+    took_away: bool
+    program: Optional[str]
+
+
+def read_change(datagram: bytes) -> Change:
+    """What a datagram of the kernel's says."""
+    took_away = False
+    program = None
+    for kind, attributes in _messages(datagram):
+        if kind == _NFT_MSG_DELTABLE:
+            took_away = took_away or _text(attributes.get(_NFTA_TABLE_NAME)) == TABLE
+        elif kind == _NFT_MSG_NEWGEN and _NFTA_GEN_PROC_NAME in attributes:
+            pid = int.from_bytes(attributes.get(_NFTA_GEN_PROC_PID, b""), "big")
+            program = f"{_text(attributes[_NFTA_GEN_PROC_NAME])} (process {pid})"
+    return Change(took_away, program)
+
+
+def _messages(datagram: bytes) -> Iterator[tuple[int, dict[int, bytes]]]:
+    position = 0
+    while position + _MESSAGE_HEADER.size <= len(datagram):
+        length, kind, _flags, _sequence, _port = _MESSAGE_HEADER.unpack_from(datagram, position)
+        if length < _MESSAGE_HEADER.size:
+            return
+        body = datagram[position + _MESSAGE_HEADER.size + _FAMILY_HEADER_SIZE : position + length]
+        yield kind, dict(_attributes(body))
+        position += _aligned(length)
+
+
+def _attributes(body: bytes) -> Iterator[tuple[int, bytes]]:
+    position = 0
+    while position + _ATTRIBUTE_HEADER.size <= len(body):
+        length, kind = _ATTRIBUTE_HEADER.unpack_from(body, position)
+        if length < _ATTRIBUTE_HEADER.size:
+            return
+        yield kind & _ATTRIBUTE_TYPE, body[position + _ATTRIBUTE_HEADER.size : position + length]
+        position += _aligned(length)
+
+
+def _aligned(length: int) -> int:
+    return (length + 3) & ~3
+
+
+def _text(value: Optional[bytes]) -> str:
+    return (value or b"").rstrip(b"\0").decode(errors="replace")
+
+
+def subscribe() -> socket.socket:
+    """A socket on which the kernel tells every change of its tables."""
+    channel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+    channel.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_SIZE)
+    channel.bind((0, 0))
+    channel.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
+    return channel
+
+
+def is_loaded() -> Optional[bool]:
+    """Whether the gate's table is in the kernel; None where nft does not say."""
+    done = _run("nft", "list", "tables")
+    if done is None or done.returncode != 0:
+        return None
+    return f"table inet {TABLE}" in done.stdout.splitlines()
+
+
+def bring_back(reason: str) -> bool:
+    """Load the gate where it is missing.
+
+    :param reason: how it came to be missing, for the journal; empty where that was told already.
+    :returns: False where it has to be tried again.
+    """
+    began = time.monotonic()
+    with _lock() as held:
+        loaded = is_loaded()
+        if loaded is not False or not os.path.exists(GATE):
+            return loaded is not None
+        run = _read("run")
+        if run is None:
+            return _load(reason, began)
+    if _read("kind") == "absent":
+        return True  # a removal is on trial: gone is what the gate is meant to be
+    # Any other change that is on trial goes back now; the way back takes the lock itself, and may be under way already.
+    if held:
+        _say(2, reason and f"{reason} while a change was on trial: going back to what was confirmed.")
+        _run("/bin/sh", os.path.join(TRIAL, f"restore-{run}.sh"))
+    return bool(is_loaded())
+
+
+def _load(reason: str, began: float) -> bool:
+    done = _run("/bin/sh", LOADER)
+    seconds = time.monotonic() - began
+    if done is not None and done.returncode == 0:
+        _say(
+            2, f"{reason or 'The gate was missing'}: it was loaded again within {seconds:.3f} s, without open windows."
+        )
+        return True
+    if reason:
+        _say(2, f"{reason}, and it does not load again.")
+        sys.stderr.write(done.stderr if done else "")
+    return bool(is_loaded())
+
+
+@contextlib.contextmanager
+def _lock() -> Iterator[bool]:
+    """Keep runs away, as they keep each other away. Where one holds the lock for long, go on without it (False)."""
+    os.makedirs(os.path.dirname(LOCK), mode=0o700, exist_ok=True)
+    handle = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + LOCK_SECONDS
+        held = False
+        while not held and time.monotonic() < deadline:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            except BlockingIOError:
+                time.sleep(0.02)
+        yield held
+    finally:
+        os.close(handle)
+
+
+def _read(name: str) -> Optional[str]:
+    try:
+        with open(os.path.join(TRIAL, name), encoding="utf-8") as stream:
+            return stream.read()
+    except OSError:
+        return None
+
+
+def _run(*argv: str) -> Optional[subprocess.CompletedProcess[str]]:
+    try:
+        return subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PROGRAM_SECONDS,
+            env={"PATH": SEARCH_PATH, "LC_ALL": "C"},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _say(priority: int, sentence: str) -> None:
+    """A line for the journal; the number in front is its priority."""
+    if sentence:
+        print(f"<{priority}>{sentence.rstrip()}", file=sys.stderr, flush=True)
+
+
+def _tell_ready() -> None:
+    """Tell systemd that every change from now on is seen."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+            notifier.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)
+
+
+def _program_behind(change: Change, channel: socket.socket) -> str:
+    """Which program it was: the kernel says so at the end of what it tells of one transaction."""
+    channel.settimeout(NAME_SECONDS)
+    with contextlib.suppress(OSError):
+        while change.program is None:
+            change = read_change(channel.recv(_DATAGRAM_SIZE))
+    return change.program or "an unknown program"
+
+
+def main() -> None:
+    channel = subscribe()
+    _tell_ready()
+    is_well = bring_back("The gate was missing when the watch began")
+    while True:
+        channel.settimeout(None if is_well else RETRY_SECONDS)
+        reason = ""
+        try:
+            change = read_change(channel.recv(_DATAGRAM_SIZE))
+            if change.took_away:
+                reason = f"The gate was taken away by {_program_behind(change, channel)}"
+        except socket.timeout:
+            pass
+        except OSError as exc:
+            if exc.errno != errno.ENOBUFS:
+                raise
+            reason = "The gate was taken away, in more changes than could be followed"
+        if reason or not is_well:
+            is_well = bring_back(reason)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
-from lab import FAMILIES, Fleet, wait_until
+from lab import FAMILIES, Fleet, differences, wait_until
 
 SSH = 22
 # The timer of vars.yml, and time for the host to act on it.
@@ -90,6 +90,25 @@ def test_a_gate_comes_back_when_its_successor_fails(fleet: Fleet) -> None:
             ["connect", source, target, SSH],
         )
         assert (states[0], states[-1]) == ("reset", "open")
+
+
+@pytest.fixture
+def no_new_login(fleet: Fleet) -> Iterator[None]:
+    """A connection that is there already serves on, and sshd lets nobody in any more."""
+    assert fleet.play("fleet.portknock.site").status == 0
+    fleet.execute("box", "echo 'DenyUsers root' >/etc/ssh/sshd_config.d/deny.conf; systemctl reload ssh")
+    yield
+    fleet.execute("box", "rm /etc/ssh/sshd_config.d/deny.conf; systemctl reload ssh")
+
+
+@pytest.mark.usefixtures("no_new_login")
+def test_an_old_connection_confirms_nothing(fleet: Fleet) -> None:
+    before = fleet.state("box")
+    run = fleet.play("fleet.portknock.site", variables={"knock_server_closed_response": "drop"})
+    assert run.recap["box"]["failed"] == 1, run.output
+    assert "Not confirmed: no fresh connection could be made" in run.output
+    assert "The host has gone back to what it had." in run.output
+    assert differences(before, fleet.state("box")) == []
 
 
 def test_no_secret_lies_around_after_all_that(fleet: Fleet) -> None:

@@ -19,6 +19,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     Plan,
     check_host_state,
     check_operators,
+    check_packages,
     parse_given,
     plan_secrets,
     read_host_state,
@@ -40,6 +41,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "nmap_services": {"type": "path"},
     "host_state": {"type": "dict", "default": {}},
     "adopt": {"type": "bool", "default": False},
+    "packages": {"type": "list", "elements": "str", "default": []},
 }
 
 
@@ -82,10 +84,11 @@ class ActionModule(ActionBase):
         elif state == "promoted":
             after = keyring.promote(host, dry_run)
         elif state == "removed":
-            after = keyring.mark_removed(host, dry_run)
+            after = keyring.mark_removed(host, check_packages(arguments["packages"]), dry_run)
         else:
             keyring.purge(host, dry_run)
             after = None
+        latest = after or before
         return {
             "changed": before != after,
             "path": str(keyring.path(host)),
@@ -93,6 +96,7 @@ class ActionModule(ActionBase):
             "keyring_created": keyring.founded,
             "generation": after.generation if after else None,
             "created": list(created),
+            "packages": list(latest.packages) if latest else [],
             "warnings": [*warnings, *_news(keyring)],
             "diff": {
                 "before_header": str(keyring.path(host)),
@@ -108,6 +112,7 @@ class ActionModule(ActionBase):
         given = parse_given(arguments["sequences"], operators)
         protected = parse_knocks(arguments["protected_ports"], "knock_server_protected_ports")
         in_use = frozenset(_port(value) for value in arguments["ports_in_use"])
+        packages = check_packages(arguments["packages"])
         avoided = _avoided(arguments["nmap_services"])
         state = read_host_state(arguments["host_state"])
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -130,6 +135,7 @@ class ActionModule(ActionBase):
                 nmap_ports=avoided,
                 in_use=in_use,
                 state=state,
+                packages=packages,
             )
             history.append((kept, plan))
             return plan.secrets

@@ -39,6 +39,8 @@ _OPERATOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 # A keyring inside a folder that is an inventory source is read by Ansible as inventory; under one of these names an
 # operator's sequences would become variables of hosts.
 _INVENTORY_WORDS = ("children", "hosts", "vars")
+# Such a name is never an option of a package manager.
+_PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,127}", re.ASCII)
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
 
 
@@ -92,7 +94,8 @@ class HostSecrets:
     """Everything that the keyring keeps of one host.
 
     ``generation`` goes up with every change of what is to be deployed. ``avoid`` holds the ports that were in use on
-    the host at that time. ``removed`` marks a host whose gate was taken away.
+    the host at that time. ``removed`` marks a host whose gate was taken away. ``packages`` are those that were installed
+    there for the gate, so that they can be removed with it.
     """
 
     keyring_id: str
@@ -102,6 +105,7 @@ class HostSecrets:
     avoid: frozenset[int]
     operators: Mapping[str, Operator]
     removed: bool = False
+    packages: tuple[str, ...] = ()
 
     @classmethod
     def from_mapping(cls, data: object, path: str) -> HostSecrets:
@@ -120,6 +124,7 @@ class HostSecrets:
             "host": self.host,
             "generation": self.generation,
             "removed": self.removed,
+            **({"packages": list(self.packages)} if self.packages else {}),
             "tripwires": {"seed": self.tripwire_seed.hex(), "avoid": sorted(self.avoid)},
             "operators": {name: operator.to_mapping() for name, operator in self.operators.items()},
         }
@@ -130,6 +135,7 @@ class HostSecrets:
             "host": self.host,
             "generation": self.generation,
             "removed": self.removed,
+            **({"packages": list(self.packages)} if self.packages else {}),
             "operators": {
                 name: {
                     "active": operator.active,
@@ -182,9 +188,12 @@ class HostSecrets:
             },
         )
 
-    def marked_removed(self) -> HostSecrets:
-        """Return this for a host whose gate was taken away: the sequences are kept."""
-        return replace(self, removed=True)
+    def marked_removed(self, packages_gone: Sequence[str] = ()) -> HostSecrets:
+        """Return this for a host whose gate was taken away: the sequences are kept.
+
+        :param packages_gone: packages that have been removed again, too.
+        """
+        return replace(self, removed=True, packages=tuple(name for name in self.packages if name not in packages_gone))
 
 
 class Plan(NamedTuple):
@@ -226,6 +235,19 @@ def check_operators(values: object) -> tuple[str, ...]:
             )
         if name in values[:index]:
             raise PortknockError(f"{_OPERATORS_OPTION}: expected each name once; got {name!r} twice.")
+    return tuple(str(name) for name in values)
+
+
+def check_packages(values: object) -> tuple[str, ...]:
+    """Return the names of packages.
+
+    :raises PortknockError: not a list of names.
+    """
+    if not isinstance(values, (list, tuple)):
+        raise PortknockError(f"packages: expected a list of names; got {values!r}.")
+    for name in values:
+        if not isinstance(name, str) or not _PACKAGE.fullmatch(name):
+            raise PortknockError(f"packages: expected names of packages; got {name!r}.")
     return tuple(str(name) for name in values)
 
 
@@ -317,6 +339,7 @@ def plan_secrets(
     nmap_ports: AbstractSet[int] = frozenset(),
     in_use: AbstractSet[int] = frozenset(),
     state: HostState | None = None,
+    packages: Sequence[str] = (),
     random: Random | None = None,
 ) -> Plan:
     """Say what a host's entry is to become, so that every operator has a sequence; nothing is written.
@@ -326,6 +349,7 @@ def plan_secrets(
       that is now protected. The former stays known until the new one is promoted.
     * An operator who isn't named any more becomes inactive and keeps their sequence.
     * An entry that was marked removed is live again.
+    * Packages are noted; they change nothing of what is deployed, so the generation stays.
 
     :param now: the time, for what is created, such as 2026-01-31T08:15:00Z.
     :param state: what the host's gate says of itself. A generation beyond the entry's (an adopted host) is passed by.
@@ -384,16 +408,28 @@ def plan_secrets(
         planned.setdefault(name, replace(former, active=False))
 
     if existing is None:
-        fresh = HostSecrets(keyring_id, host, generation, secrets.token_bytes(SEED_BYTES), frozenset(in_use), planned)
+        fresh = HostSecrets(
+            keyring_id,
+            host,
+            generation,
+            secrets.token_bytes(SEED_BYTES),
+            frozenset(in_use),
+            planned,
+            packages=tuple(packages),
+        )
         return Plan(fresh, True, tuple(created), tuple(warnings))
+    noted = (*existing.packages, *(name for name in packages if name not in existing.packages))
     # The order of what is there is kept: it is the order in which a client tries.
     ordered = {name: planned[name] for name in (*known, *created)}
     same = replace(existing, operators=ordered, removed=False, keyring_id=keyring_id)
     adopted = state is not None and (state.keyring_id != keyring_id or state.generation > existing.generation)
     if same == existing and not adopted:
-        return Plan(existing, False, (), tuple(warnings))
+        if noted == existing.packages:
+            return Plan(existing, False, (), tuple(warnings))
+        return Plan(replace(existing, packages=noted), True, (), tuple(warnings))
     avoid = frozenset(in_use) or existing.avoid
-    return Plan(replace(same, generation=generation, avoid=avoid), True, tuple(created), tuple(warnings))
+    changed = replace(same, generation=generation, avoid=avoid, packages=noted)
+    return Plan(changed, True, tuple(created), tuple(warnings))
 
 
 def _with_given(entry: Operator, wish: StoredSequence, deployed: int) -> Operator:
@@ -499,6 +535,12 @@ class _Node:
             raise self.damaged("a list of ports")
         return frozenset(self.value)
 
+    def packages(self) -> tuple[str, ...]:
+        try:
+            return check_packages(self.value)
+        except PortknockError:
+            raise self.damaged("a list of packages") from None
+
     def knocks(self) -> tuple[Knock, ...]:
         try:
             knocks = parse_knocks(self.value, "knocks", secret=True)
@@ -512,7 +554,7 @@ class _Node:
 def _read_host(node: _Node) -> HostSecrets:
     if isinstance(node.value, Mapping) and _whole_number(node.value.get("format"), FORMAT + 1):
         raise node.damaged(f"a keyring file of format {FORMAT}, not of a newer one that a later release wrote,")
-    top = node.mapping(("format", "keyring", "host", "generation", "tripwires", "operators"), ("removed",))
+    top = node.mapping(("format", "keyring", "host", "generation", "tripwires", "operators"), ("removed", "packages"))
     if top["format"].value != FORMAT:
         raise top["format"].damaged(str(FORMAT))
     tripwires = top["tripwires"].mapping(("seed", "avoid"))
@@ -525,6 +567,7 @@ def _read_host(node: _Node) -> HostSecrets:
         avoid=tripwires["avoid"].ports(),
         operators={name: _read_operator(entry) for name, entry in top["operators"].named().items()},
         removed=top["removed"].flag() if "removed" in top else False,
+        packages=top["packages"].packages() if "packages" in top else (),
     )
 
 
@@ -558,6 +601,7 @@ __all__ = (
     "StoredSequence",
     "check_host_state",
     "check_operators",
+    "check_packages",
     "parse_given",
     "plan_secrets",
     "read_host_state",

@@ -27,10 +27,10 @@ class Completed(NamedTuple):
 Runner = Callable[[Sequence[str], Optional[str]], Completed]
 
 
-def run(argv: Sequence[str], stdin: Optional[str] = None) -> Completed:
+def run(argv: Sequence[str], stdin: Optional[str] = None, timeout: float = PROGRAM_TIMEOUT) -> Completed:
     """Run a program; texts go in by standard input, never as arguments.
 
-    A program that is missing counts as exit code 127, one that hangs for a minute as 124.
+    A program that is missing counts as exit code 127, one that takes longer than ``timeout`` seconds as 124.
     """
     try:
         done = subprocess.run(
@@ -40,7 +40,7 @@ def run(argv: Sequence[str], stdin: Optional[str] = None) -> Completed:
             capture_output=True,
             check=False,
             text=True,
-            timeout=PROGRAM_TIMEOUT,
+            timeout=timeout,
             env=dict(os.environ, LC_ALL="C", PATH=SEARCH_PATH),
         )
     except FileNotFoundError:

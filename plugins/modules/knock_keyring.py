@@ -100,6 +100,14 @@ options:
         of this keyring.
     type: bool
     default: false
+  packages:
+    description:
+      - With O(state=present), packages that are about to be installed on the host for the gate. They are noted in the entry,
+        so that a removal knows which of the host's packages are its own.
+      - With O(state=removed), packages that have been removed again, and are no longer noted.
+    type: list
+    elements: str
+    default: []
 seealso:
   - module: fleet.portknock.knock_gate_info
   - module: fleet.portknock.knock_gate
@@ -146,6 +154,12 @@ generation:
   returned: always
   type: int
   sample: 1
+packages:
+  description: Packages that are noted as installed for the host's gate; with O(state=absent) those that were.
+  returned: always
+  type: list
+  elements: str
+  sample: [nftables]
 created:
   description: Operators who got a sequence for the first time.
   returned: always

@@ -21,7 +21,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -208,15 +208,16 @@ class Keyring:
 
         return self.update(host, change, dry_run)[0]
 
-    def mark_removed(self, host: str, dry_run: bool = False) -> HostSecrets | None:
+    def mark_removed(self, host: str, packages_gone: Sequence[str] = (), dry_run: bool = False) -> HostSecrets | None:
         """Mark a host's entry, if there is one, as that of a host whose gate was taken away; return what is kept now.
 
+        :param packages_gone: packages that have been removed with it.
         :raises PortknockError: as :meth:`update`.
         """
         entry = self.load(host)
         if entry is None:
             return None
-        return self.update(host, lambda kept: (kept or entry).marked_removed(), dry_run)[0]
+        return self.update(host, lambda kept: (kept or entry).marked_removed(packages_gone), dry_run)[0]
 
     def purge(self, host: str, dry_run: bool = False) -> bool:
         """Delete a host's file, if it is there and is this keyring's; return whether it was.

@@ -157,6 +157,21 @@ def test_removed_live_again_and_purged(run: Run) -> None:
     assert f"The keyring {run.ring}: expected an entry for web1; got none." in printed
 
 
+def test_packages_are_noted_told_and_forgotten(run: Run) -> None:
+    noted = {"packages": ["nftables"]}
+    gone = {"state": "removed", **noted}
+    assert counts(run([noted, noted, {}], "--limit", "web1")) == {"web1": (1, 0)}
+    assert "\ngeneration: 1\n" in run.view("web1")
+    printed = run({"state": "removed"}, "--limit", "web1", "-v", "--diff")
+    assert '"packages": ["nftables"]' in printed
+    assert "packages:\n- nftables" in run.view("web1")
+    assert '"packages": []' in run(gone, "--limit", "web1", "-v", "--check")
+    assert counts(run([gone, gone], "--limit", "web1")) == {"web1": (1, 0)}
+    assert "packages" not in run.view("web1")
+    assert counts(run([noted, {"state": "absent"}], "--limit", "web1")) == {"web1": (2, 0)}
+    assert "packages: expected names of packages; got '-x'." in run({"packages": ["-x"]}, "--limit", "web1")
+
+
 def test_a_keyring_inside_an_inventory_folder(run: Run) -> None:
     (run.folder / "sources").mkdir()
     (run.folder / "sources" / "hosts").write_text("web1\n")

@@ -97,6 +97,15 @@ def test_removed_may_be_left_out() -> None:
     assert HostSecrets.from_mapping(mapping, "f.yml") == replace(FULL, removed=False)
 
 
+def test_packages_are_kept_where_there_are_any() -> None:
+    noted = replace(FULL, packages=("nftables", "libnft-1.0+b1"))
+    mapping = {**MAPPING, "packages": ["nftables", "libnft-1.0+b1"]}
+    assert noted.to_mapping() == mapping
+    assert HostSecrets.from_mapping(mapping, "f.yml") == noted
+    assert noted.describe()["packages"] == ["nftables", "libnft-1.0+b1"]
+    assert "packages" not in FULL.describe()
+
+
 DAMAGES: list[tuple[tuple[str, ...], object, str]] = [
     ((), None, "a mapping of format, keyring, host, generation, tripwires, operators as the file"),
     ((), ["48396/tcp"], "a mapping of format, keyring, host, generation, tripwires, operators as the file"),
@@ -111,6 +120,8 @@ DAMAGES: list[tuple[tuple[str, ...], object, str]] = [
     (("generation",), 0, "a whole number from 1 up as generation"),
     (("generation",), True, "a whole number from 1 up as generation"),
     (("removed",), "yes", "true or false as removed"),
+    (("packages",), "nftables", "a list of packages as packages"),
+    (("packages",), ["--force"], "a list of packages as packages"),
     (("unknown",), 1, "a mapping of format, keyring, host, generation, tripwires, operators as the file"),
     (("tripwires",), [], "a mapping of seed, avoid as tripwires"),
     (("tripwires", "seed"), "48396", "64 hexadecimal digits as seed"),
@@ -235,6 +246,21 @@ def test_a_removed_host_is_live_again_with_the_same_sequences() -> None:
     again = plan(removed)
     assert again.changed
     assert again.secrets == replace(first, generation=2)
+
+
+def test_packages_are_noted_and_forgotten_without_a_new_generation() -> None:
+    assert plan(None, packages=["nftables"]).secrets.packages == ("nftables",)
+    first = plan(None).secrets
+    noted = plan(first, packages=["nftables"])
+    assert (noted.changed, noted.secrets) == (True, replace(first, packages=("nftables",)))
+    # What was installed once stays noted, whatever is missing later.
+    assert plan(noted.secrets) == plan(noted.secrets, packages=["nftables"])
+    assert not plan(noted.secrets).changed
+    assert plan(noted.secrets, packages=["ipset"]).secrets.packages == ("nftables", "ipset")
+    newer = plan(noted.secrets, ["default", "bob"]).secrets
+    assert (newer.generation, newer.packages) == (2, ("nftables",))
+    assert noted.secrets.marked_removed() == replace(noted.secrets, removed=True)
+    assert noted.secrets.marked_removed(["nftables", "other"]) == replace(first, removed=True)
 
 
 def test_a_given_sequence_waits_beside_the_former_one() -> None:

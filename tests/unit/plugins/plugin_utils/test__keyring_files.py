@@ -523,6 +523,12 @@ def test_promote_mark_and_purge(folder: Path) -> None:
     assert marked == replace(kept, removed=True)
     assert ring.load("web1") == kept
     assert ring.mark_removed("web1") == marked == ring.load("web1")
+    noted = replace(marked, packages=("nftables",))
+    ring.update("web1", lambda _kept: noted)
+    assert ring.mark_removed("web1") == noted
+    assert ring.mark_removed("web1", ["nftables"], dry_run=True) == marked
+    assert ring.load("web1") == noted
+    assert ring.mark_removed("web1", ["nftables"]) == marked == ring.load("web1")
     assert ring.purge("web1", dry_run=True)
     assert ring.path("web1").exists()
     assert ring.purge("web1")

@@ -216,15 +216,15 @@ class Fleet:
         knocks: list[str] = self.secrets(host)["operators"][operator]["current"]["knocks"]
         return knocks
 
-    def leaks(self, text: str) -> list[str]:
-        """Which hosts' secrets a text gives away.
+    def leaks(self, text: str, *hosts: str) -> list[str]:
+        """Which hosts' secrets a text gives away; of all hosts, or of some.
 
         One number may stand there by chance, as a process id or a size; a knock in full, two numbers of one sequence,
         or the seed may not.
         """
         numbers = set(re.findall(r"(?<![\w.])\d{4,5}(?![\w.])", text))
         found = []
-        for host in self.hosts:
+        for host in hosts or self.hosts:
             secrets = self.secrets(host)
             for operator in secrets["operators"].values():
                 knocks = operator["current"]["knocks"]

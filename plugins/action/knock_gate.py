@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,12 @@ from ansible.utils.display import Display
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, loose_warning, settings_from
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets, check_operators
-from ansible_collections.fleet.portknock.plugins.module_utils._knocking import Address, resolve
 from ansible_collections.fleet.portknock.plugins.module_utils._phases import is_trusted
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
-from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import knock_ssh_of
+from ansible_collections.fleet.portknock.plugins.module_utils._proof import answer, packed_addresses
+from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import action_on, knock_ssh_of, quiet
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination
 from ansible_collections.fleet.portknock.plugins.plugin_utils._gate_texts import gate_texts, with_throwaway_secrets
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import Keyring, keyring_options, open_keyring
-from ansible_collections.fleet.portknock.plugins.plugin_utils._proof import (
-    Proof,
-    Subject,
-    further_addresses,
-    prove,
-    prove_removed,
-    sources_towards,
-    subject_of,
-)
 
 display = Display()
 
@@ -64,11 +54,13 @@ class ActionModule(ActionBase):
         result: dict[str, Any] = super().run(tmp, task_vars)
         self._vars = task_vars or {}
         self._run_id = secrets.token_hex(6)
+        self._prover: ActionModule | None = None
         try:
             state = self._task.args.get("state", "applied")
             steps = {"applied": self._apply, "absent": self._remove, "checked": self._check}
             if state not in steps:
                 raise PortknockError(f"state: expected one of {', '.join(steps)}; got {state!r}.")
+            self._place = self._proving_host()
             result.update(steps[state]())
         except PortknockError as exc:
             raise AnsibleActionFail(str(exc)) from None
@@ -78,7 +70,10 @@ class ActionModule(ActionBase):
         settings_from(self._required("settings"))
         check_operators(self._required("operators"))
         self._seconds()
-        self._check_init(self._required("found"))
+        found = self._required("found")
+        self._check_init(found)
+        if self._place and not self._task.check_mode:
+            self._scout(knock_ssh_of(self, self._vars).destination(), found["ipv6_addresses"])
         return {"changed": False}
 
     def _apply(self) -> dict[str, Any]:
@@ -108,53 +103,166 @@ class ActionModule(ActionBase):
         }
         destination = knock_ssh_of(self, self._vars).destination()
         self._check_way_in(settings, destination, found)
-        addresses = self._addresses(destination)
-        others = further_addresses(addresses, found["ipv6_addresses"])
-        payload["sources"] = sources_towards([*addresses, *others])
-        outcome = self._phase("apply", payload)
+        gate = {
+            "protected": [
+                *(f"{port}/tcp" for port in settings.protected_tcp),
+                *(f"{port}/udp" for port in settings.protected_udp),
+            ],
+            "closed_response": settings.closed_response,
+            "trusted": payload["trusted"],
+            "knocks": [str(knock) for knock in knocks],
+        }
+        outcome = self._change(payload, destination, found["ipv6_addresses"], gate)
         if outcome.get("failed"):
             return outcome
-        if not outcome.get("on_trial"):
-            if not outcome["changed"]:
-                # Whatever an earlier run still had to note when it died: the host has what the entry wants.
-                self._promote(keyring, host, entry)
-            return outcome
-        try:
-            proof = self._prove(destination, subject_of(settings, addresses, others, outcome, self._timeout()), knocks)
-        except (PortknockError, OSError) as exc:
-            return self._rolled_back(payload, str(exc)) or self._shown(outcome)
-        failure = self._confirm(payload)
-        if failure is not None:
-            return failure
-        self._promote(keyring, host, entry)
-        for note in proof.notes:
-            display.warning(f"{host}: {note}")
-        if self._connection.ansible_name == _CONNECTION and not self._vars["hostvars"][host].get("ansible_connection"):
-            display.warning(
-                "Only plays that set their connection themselves get in now: add the line "
-                f"`ansible_connection: {_CONNECTION}` to the inventory, so that every play does."
-            )
-        return self._shown(outcome) | {"proof": proof.as_result()}
+        proof = outcome.get("proof")
+        if proof or not outcome["changed"]:
+            # Unchanged, too: an earlier run may have died before it noted that the host has what the entry wants.
+            self._promote(keyring, host, entry)
+        if proof:
+            for note in proof["notes"]:
+                display.warning(f"{host}: {note}")
+            if self._connection.ansible_name == _CONNECTION and not self._vars["hostvars"][host].get(
+                "ansible_connection"
+            ):
+                display.warning(
+                    "Only plays that set their connection themselves get in now: add the line "
+                    f"`ansible_connection: {_CONNECTION}` to the inventory, so that every play does."
+                )
+        return outcome
 
     def _remove(self) -> dict[str, Any]:
         payload = {"run": self._run_id, "seconds": self._seconds()}
-        destination = knock_ssh_of(self, self._vars).destination()
+        return self._change(payload, knock_ssh_of(self, self._vars).destination(), [], None)
+
+    def _change(
+        self,
+        payload: dict[str, Any],
+        destination: Destination,
+        further: Sequence[str],
+        gate: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Put a change on trial, let it be proved, and confirm it.
+
+        :param further: IPv6 addresses of the host that are looked at, too, where they can be reached.
+        :param gate: what a proof has to know of the gate; None where it is taken away.
+        :returns: the task's result; with ``proof`` where a gate was proved and confirmed.
+        """
+        view: dict[str, Any] | None = None
+        if not self._task.check_mode:
+            if self._place:
+                # So that a run that has nothing to change troubles no other host.
+                outcome = self._phase("compare", payload)
+                if outcome.get("failed") or not outcome["changed"]:
+                    return outcome
+            if self._place or not destination.proxied:
+                view = self._scout(destination, further)
+        payload = {**payload, "sources": view["sources"] if view else []}
+        if self._place or self._task.check_mode:
+            return self._try_out(payload, view, gate)
+        with quiet(self._vars["inventory_hostname"], watched=True):
+            return self._try_out(payload, view, gate)
+
+    def _try_out(
+        self, payload: dict[str, Any], view: Mapping[str, Any] | None, gate: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """Apply, prove, confirm."""
         outcome = self._phase("apply", payload)
         if outcome.get("failed") or not outcome.get("on_trial"):
             return outcome
         try:
-            if not destination.proxied:
-                prove_removed(self._addresses(destination), destination.port, self._timeout())
+            proof = self._prove(view, gate, outcome)
         except (PortknockError, OSError) as exc:
             return self._rolled_back(payload, str(exc)) or self._shown(outcome)
-        return self._confirm(payload) or self._shown(outcome)
+        return self._confirm(payload) or self._shown(outcome) | ({"proof": proof} if proof else {})
 
-    @staticmethod
-    def _prove(destination: Destination, subject: Subject, knocks: Sequence[Knock]) -> Proof:
-        if destination.proxied:
+    def _prove(
+        self, view: Mapping[str, Any] | None, gate: Mapping[str, Any] | None, outcome: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """See from outside that the gate holds and opens, or where it is taken away, that the host can be reached.
+
+        :param view: what the scout said; None where nothing can be seen from here.
+        :param outcome: what the host said when the change was made.
+        """
+        if view is None:
             # Only let through where the jump host is a trusted source; the fresh connection is all there is.
-            return Proof(notes=["Not proved from outside: the host is reached through a ProxyJump or ProxyCommand."])
-        return prove(subject, knocks)
+            note = "Not proved from outside: the host is reached through a ProxyJump or ProxyCommand."
+            return {"seen_from": "", "closed": [], "opened": [], "notes": [note]} if gate else {}
+        request = {**view, "timeout": self._timeout()}
+        if gate is None:
+            self._ask("prove_removed", request)
+            return {}
+        request.update(
+            gate,
+            ports_in_use=outcome["ports_in_use"],
+            listeners=outcome["listeners"],
+            # The host sees the connection's source itself, behind whatever translates addresses on the way.
+            source_trusted=outcome["source_trusted"] and not self._place,
+        )
+        return {"seen_from": self._place, **self._ask("prove", request)}
+
+    def _proving_host(self) -> str:
+        """The host that the proof is made from; empty for the controller.
+
+        :raises PortknockError: it can't be that one.
+        """
+        place = str(self._task.args.get("prove_from") or "")
+        if place and place == self._vars["inventory_hostname"]:
+            raise PortknockError(
+                f"knock_server_prove_from: expected another host than {place} itself, whose own packets its gate lets "
+                "through; got that one."
+            )
+        if place and place not in self._vars["hostvars"]:
+            raise PortknockError(f"knock_server_prove_from: expected a host of the inventory; got {place!r}.")
+        return place
+
+    def _scout(self, destination: Destination, further: Sequence[str]) -> dict[str, Any]:
+        """What a proof would look at, and from which sources."""
+        # A name behind a jump host is the jump host's to resolve, never this machine's.
+        addresses = (
+            [] if destination.proxied else packed_addresses(destination.host, destination.port, destination.family)
+        )
+        return self._ask(
+            "scout",
+            {
+                "host": destination.host,
+                "port": destination.port,
+                "family": destination.family,
+                "addresses": addresses,
+                "further": list(further),
+            },
+        )
+
+    def _ask(self, question: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Have one question about the host answered, here or on the host that the proof is made from.
+
+        :raises PortknockError: what was seen is not as it must be, or nobody could look.
+        """
+        request = {**request, "place": self._place}
+        answered = self._answer_of_prover(question, request) if self._place else answer(question, request)
+        if "problem" in answered:
+            option = "knock_server_prove_from: " if self._place and question == "scout" else ""
+            raise PortknockError(option + str(answered["problem"]))
+        return answered
+
+    def _answer_of_prover(self, question: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            if self._prover is None:
+                prover, variables = action_on(self, self._place, self._vars)
+                prover._vars = variables
+                self._prover = prover
+            with quiet(self._place, watched=False):
+                outcome = self._prover._phase(question, request)
+            problem = str(outcome["msg"]) if outcome.get("failed") else None
+        except (AnsibleError, PortknockError) as exc:
+            problem = str(exc)
+        if problem is not None:
+            raise PortknockError(
+                f"knock_server_prove_from: expected {self._place} to be able to look at the host; it is not: "
+                f"{problem.strip().rstrip('.')}."
+            )
+        answered: dict[str, Any] = outcome["answer"]
+        return answered
 
     def _promote(self, keyring: Keyring, host: str, entry: HostSecrets) -> None:
         """Note in the keyring that the host has the sequences that were next. The gate stands whether or not that works."""
@@ -224,10 +332,7 @@ class ActionModule(ActionBase):
                 f"`ansible_connection: {_CONNECTION}` for this host in the inventory, or `connection:` in the play."
             )
 
-    def _addresses(self, destination: Destination) -> list[Address]:
-        return resolve(destination.host, destination.port, destination.family)
-
-    def _phase(self, phase: str, payload: dict[str, Any]) -> dict[str, Any]:
+    def _phase(self, phase: str, payload: Mapping[str, Any]) -> dict[str, Any]:
         """One call of the module on the host, with its arguments on standard input only."""
         if constants.DEFAULT_KEEP_REMOTE_FILES:
             raise PortknockError(

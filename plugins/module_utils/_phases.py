@@ -18,6 +18,8 @@ from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
 
+PHASES = ("compare", "apply", "confirm", "rollback")
+
 
 def run_phase(
     phase: str,
@@ -29,7 +31,7 @@ def run_phase(
     run: Runner = run_program,
     root: str = "",
 ) -> dict[str, Any]:
-    """Do one phase.
+    """Do one phase: see what would change, begin a trial, confirm it or go back.
 
     :param payload: ``run`` (id), ``seconds`` (of the trial), and for a wanted gate ``trusted`` (CIDRs), ``sources``
         (addresses that the proof will look from) and ``wanted`` (the fields of :class:`Wanted`).
@@ -66,7 +68,14 @@ def run_phase(
     host.trial.restore(identity)
     try:
         with host.trial.turn(identity):
-            return _begin(host, enforcer, wanted, payload, pid)
+            found = host.inspect()
+            result = _plan(host, wanted, found)
+            if not result["changed"]:
+                if wanted is None:
+                    host.forget()
+            elif phase == "apply":
+                result.update(_begin(host, enforcer, wanted, found, payload, pid))
+            return result
     except BaseException:
         # Whatever went wrong after the way back was armed, it need not wait for the timer.
         host.trial.restore(identity)
@@ -74,14 +83,14 @@ def run_phase(
 
 
 def _begin(
-    host: GateHost, enforcer: Nftables, wanted: Optional[Wanted], payload: Mapping[str, Any], pid: int
+    host: GateHost,
+    enforcer: Nftables,
+    wanted: Optional[Wanted],
+    found: Found,
+    payload: Mapping[str, Any],
+    pid: int,
 ) -> dict[str, Any]:
-    found = host.inspect()
-    result = _plan(host, wanted, found)
-    if not result["changed"]:
-        if wanted is None:
-            host.forget()
-        return result
+    """Put the change on trial; returns what whoever proves it has to know."""
     identity, seconds = str(payload["run"]), int(payload["seconds"])
     peer = ssh_peer(pid)
     if wanted is not None:
@@ -93,13 +102,12 @@ def _begin(
             enforcer.close_window(peer)
     else:
         host.take_away(found, identity, seconds)
-    result.update(
-        on_trial=True,
-        source_trusted=is_trusted(peer.address if peer else None, payload.get("trusted", ())),
-        ports_in_use=[str(knock) for knock in ports_in_use()],
-        listeners=tcp_listeners(),
-    )
-    return result
+    return {
+        "on_trial": True,
+        "source_trusted": is_trusted(peer.address if peer else None, payload.get("trusted", ())),
+        "ports_in_use": [str(knock) for knock in ports_in_use()],
+        "listeners": tcp_listeners(),
+    }
 
 
 def is_trusted(address: Optional[str], trusted: Sequence[str]) -> bool:
@@ -130,4 +138,4 @@ def _plan(host: GateHost, wanted: Optional[Wanted], found: Found) -> dict[str, A
     }
 
 
-__all__ = ("is_trusted", "run_phase")
+__all__ = ("PHASES", "is_trusted", "run_phase")

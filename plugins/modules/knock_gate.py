@@ -11,8 +11,8 @@ version_added: 0.1.0
 description:
   - Renders the back end's templates with the host's secrets from the keyring, compares them with the host's files and its
     kernel, and where they differ arms a timer on the host that brings the former state back, loads the new gate, proves from
-    the controller that it is closed without the knock and open with it, and confirms it over a fresh connection that went
-    through it.
+    outside that it is closed without the knock and open with it, and confirms it over a fresh connection of the controller's
+    that went through it.
   - A gate that is not proved is rolled back, by the task where the connection still serves, otherwise by the host's timer.
   - Most settings have the meaning and default that the role P(fleet.portknock.knock_server#role) gives them there.
 author:
@@ -65,15 +65,23 @@ options:
     description: Seconds after which the host goes back by itself when the change has not been confirmed, 10 to 3600.
     type: int
     default: 60
+  prove_from:
+    description:
+      - Name of the inventory's host that the proof is made from, by its own variables, without become; empty for the
+        controller. See the role's variable knock_server_prove_from.
+    type: str
+    default: ""
   found:
     description:
       - What M(fleet.portknock.knock_gate_info) reported of this host.
       - Required with O(state=applied).
     type: dict
   phase:
-    description: Which step the host is asked to do; the action plugin sets it.
+    description:
+      - Which step the host is asked to do; the action plugin sets it. V(scout), V(prove) and V(prove_removed) are for the
+        host of O(prove_from).
     type: str
-    choices: [apply, confirm, rollback]
+    choices: [compare, apply, confirm, rollback, scout, prove, prove_removed]
     default: apply
   payload:
     description: Rendered texts and what belongs to them, as one opaque text; the action plugin sets it.
@@ -107,10 +115,13 @@ reasons:
   type: list
   elements: str
 proof:
-  description: What the proof saw, from the controller.
+  description: What the proof saw.
   returned: when something was changed outside check mode
   type: dict
   contains:
+    seen_from:
+      description: Name of the host that looked; empty for the controller.
+      type: str
     closed:
       description: For each address and protected port what a connection without the knock met, and what a closed port showed.
       type: list
@@ -136,7 +147,8 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._phases import run_phase
+from ansible_collections.fleet.portknock.plugins.module_utils._phases import PHASES, run_phase
+from ansible_collections.fleet.portknock.plugins.module_utils._proof import QUESTIONS, answer
 
 
 def main() -> None:
@@ -148,8 +160,9 @@ def main() -> None:
             "operators": {"type": "list", "elements": "str"},
             "templates": {"type": "path"},
             "confirm_timeout": {"type": "int", "default": 60},
+            "prove_from": {"type": "str", "default": ""},
             "found": {"type": "dict"},
-            "phase": {"type": "str", "choices": ["apply", "confirm", "rollback"], "default": "apply"},
+            "phase": {"type": "str", "choices": [*PHASES, *QUESTIONS], "default": "apply"},
             "payload": {"type": "str", "no_log": True},
         },
         supports_check_mode=True,
@@ -158,6 +171,8 @@ def main() -> None:
         payload: dict[str, Any] = json.loads(module.params["payload"] or "null")
         if not isinstance(payload, dict):
             raise PortknockError("knock_gate runs through its action plugin; this call did not come from it.")
+        if module.params["phase"] in QUESTIONS:
+            module.exit_json(changed=False, answer=answer(module.params["phase"], payload))
         result = run_phase(
             module.params["phase"],
             module.params["state"],

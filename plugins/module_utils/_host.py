@@ -235,9 +235,10 @@ class GateHost:
         """Shell command that removes everything on disk but the gate itself, whose removal is the moment of commitment."""
         units = [path for path in self._paths.values() if path.startswith(self._units)]
         files = " ".join(shlex.quote(path) for path in (*units, *map(self._link, self._backend.units)))
+        # With a full /run systemd reloads nothing, and disabling reloads: what has to go does not wait for that.
         return (
-            f"systemctl --quiet disable --now {' '.join(self._backend.units)}; rm -f {files} && systemctl daemon-reload && "
-            f"rm -rf {shlex.quote(self._config)}"
+            f"systemctl stop {' '.join(self._backend.services)}; systemctl --quiet disable {' '.join(self._backend.units)}; "
+            f"rm -f {files} && rm -rf {shlex.quote(self._config)} && systemctl daemon-reload"
         )
 
     def _way_back(self, found: Found, closed: Optional[str]) -> str:

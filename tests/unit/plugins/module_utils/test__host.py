@@ -94,6 +94,7 @@ class Systemd:
     def __init__(self, units: Path) -> None:
         self._units = units
         self.running: set[str] = set()
+        self.reloads = True
 
     def __call__(self, argv: Sequence[str], stdin: Optional[str] = None) -> Completed:
         if argv[0] == "systemd-run":
@@ -121,7 +122,8 @@ class Systemd:
         path = self._units.parent / "bin"
         path.mkdir(exist_ok=True)
         program = path / "systemctl"
-        program.write_text(f'#!/bin/sh\necho "$*" >>{asked}\n')
+        refused = "" if self.reloads else 'case "$*" in *disable* | *daemon-reload*) exit 1 ;; esac\n'
+        program.write_text(f'#!/bin/sh\n{refused}echo "$*" >>{asked}\n')
         program.chmod(0o755)
         script = Path(argv[1]).read_text() if len(argv) == 2 else argv[2]
         done = run(
@@ -315,6 +317,22 @@ def test_removal_that_dies_after_the_commit_is_finished(
     assert files(tmp_path) == before
     assert systemd.running == set()
     assert not host.exists(host.inspect())
+
+
+def test_removal_leaves_nothing_even_where_systemd_reloads_nothing(
+    host: GateHost, systemd: Systemd, tmp_path: Path
+) -> None:
+    before = files(tmp_path)
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    systemd.reloads = False
+    with host.trial.turn("bb"):
+        host.take_away(host.inspect(), "bb", 3600)
+        with pytest.raises(PortknockError, match="can't be removed"):
+            host.confirm_away("bb")
+    host.trial.restore("bb")
+    assert files(tmp_path) == before
+    assert systemd.running == set()
 
 
 def test_removal_leaves_nothing(host: GateHost, systemd: Systemd, tmp_path: Path) -> None:

@@ -5,9 +5,23 @@
 # Loads the gate at boot, and again when another program has taken its table away. Where it does not load, the protected
 # ports stay closed to all but the trusted sources. <N> is the priority that the journal gives a line.
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+folder=/etc/fleet-portknock
+units=/etc/systemd/system
+
+# The gate's file is all that decides. Without it a boot has cut short the first change, or the removal, of a gate: what that
+# has left goes, as it would have gone by the timer.
+if [ ! -e "$folder/gate.nft" ] && [ ! -e /run/fleet-portknock/trial ]; then
+    echo "<4>There is no confirmed gate: removing what a change that was cut short has left." >&2
+    systemctl --no-block stop fleet-portknock-watch.service
+    systemctl --quiet disable fleet-portknock.service fleet-portknock-watch.service
+    rm -f "$units/fleet-portknock.service" "$units/fleet-portknock-watch.service"
+    rm -rf "$folder"
+    systemctl --no-block daemon-reload
+    exit 0
+fi
 
 # nft repeats the line that it refuses, with its ports: its own words must not reach the journal.
-load() { nft -f "/etc/fleet-portknock/$1" >/dev/null 2>&1; }
+load() { nft -f "$folder/$1" >/dev/null 2>&1; }
 
 # The closed table first: a few rules are there at once, where a gate's thousands of elements take a tenth of a second.
 closed=yes

@@ -305,10 +305,14 @@ class _Connects:
     def wait(self, until: float) -> tuple[_Try, Probe, socket.socket] | None:
         """The next connect that ends before ``until`` (monotonic clock), or None."""
         while not self._finished:
-            left = until - time.monotonic()
-            if left <= 0 or not self._selector.get_map():
+            if not self._selector.get_map():
                 return None
-            for key, _unused_events in self._selector.select(left):
+            left = until - time.monotonic()
+            # Once more when time is up: an answer that is there already is worth more than none.
+            ready = self._selector.select(max(0.0, left))
+            if not ready and left <= 0:
+                return None
+            for key, _unused_events in ready:
                 attempt, sock = key.data
                 self._selector.unregister(sock)
                 outcome = _connect_outcome(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))

@@ -7,15 +7,18 @@
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 REPOSITORY=portknock-test
-NAMES=(debian11 debian12 debian13 client)
+NAMES=(debian11 debian12 debian13 client debian12-tools debian13-tools)
 HOST_PACKAGES=(systemd systemd-sysv dbus openssh-server python3 sudo iproute2 procps nftables iputils-ping)
 CLIENT_PACKAGES=(python3 openssh-client iproute2 procps iputils-ping nmap ncat tcpdump hping3 knockd)
+# Other people's tools; ufw and netfilter-persistent exclude each other.
+TOOLS12=(ufw firewalld fail2ban python3-systemd docker.io iptables conntrack)
+TOOLS13=(iptables iptables-persistent)
 PULL_SECONDS=120
 
 suite_of() {
     case $1 in
         debian11) echo bullseye ;;
-        debian13) echo trixie ;;
+        debian13*) echo trixie ;;
         *) echo bookworm ;;
     esac
 }
@@ -23,17 +26,30 @@ suite_of() {
 official_of() {
     case $1 in
         debian11) echo debian:11 ;;
-        debian13) echo debian:13 ;;
+        debian13*) echo debian:13 ;;
         *) echo debian:12 ;;
     esac
 }
 
-packages_of() { if [ "$1" = client ]; then echo "${CLIENT_PACKAGES[@]}"; else echo "${HOST_PACKAGES[@]}"; fi; }
+packages_of() {
+    case $1 in
+        client) echo "${CLIENT_PACKAGES[@]}" ;;
+        debian12-tools) echo "${HOST_PACKAGES[@]}" "${TOOLS12[@]}" ;;
+        debian13-tools) echo "${HOST_PACKAGES[@]}" "${TOOLS13[@]}" ;;
+        *) echo "${HOST_PACKAGES[@]}" ;;
+    esac
+}
+
+# What runs inside a new image, after the packages.
+setup_of() {
+    cat "$ROOT/scripts/image-setup.sh"
+    case $1 in *-tools) cat "$ROOT/scripts/image-tools.sh" ;; esac
+}
 
 init_of() { if [ "$1" = client ]; then echo '["sleep", "infinity"]'; else echo '["/sbin/init"]'; fi; }
 
 # What an image was made from; another recipe makes another image.
-recipe_of() { { packages_of "$1"; cat "$ROOT/scripts/image-setup.sh"; } | sha256sum | cut -c1-16; }
+recipe_of() { { packages_of "$1"; setup_of "$1"; } | sha256sum | cut -c1-16; }
 
 is_current() {
     [ "$(docker image inspect -f '{{ index .Config.Labels "fleet.portknock.recipe" }}' "$REPOSITORY:$1" 2>/dev/null)" = "$(recipe_of "$1")" ]
@@ -65,7 +81,7 @@ from_registry() {
     # shellcheck disable=SC2046  # a list of package names is meant to split
     docker run -i --name "$container" --network host "$(official_of "$name")" sh -euc \
         'export DEBIAN_FRONTEND=noninteractive; apt-get update; apt-get install -y --no-install-recommends "$@" </dev/null; sh -eu' \
-        sh $(packages_of "$name") <"$ROOT/scripts/image-setup.sh" &&
+        sh $(packages_of "$name") < <(setup_of "$name") &&
         docker commit "${changes[@]}" "$container" "$REPOSITORY:$name"
     local status=$?
     docker rm -f "$container" >/dev/null 2>&1 || true
@@ -73,15 +89,16 @@ from_registry() {
 }
 
 from_archive() {
-    local name=$1 tar=$CACHE/image-$1.tar changes
+    local name=$1 tar=$CACHE/image-$1.tar setup=$CACHE/image-$1.sh changes
     changes_as_arguments "$name"
     # The hook reads the script by name: mmdebstrap's own standard input is no use to it.
+    setup_of "$name" >"$setup"
     mmdebstrap --variant=minbase --include="$(packages_of "$name" | tr ' ' ,)" \
-        --customize-hook="chroot \"\$1\" sh -eu < '$ROOT/scripts/image-setup.sh'" \
+        --customize-hook="chroot \"\$1\" sh -eu < '$setup'" \
         "$(suite_of "$name")" "$tar" "$(mirror)" &&
         docker import "${changes[@]}" "$tar" "$REPOSITORY:$name"
     local status=$?
-    rm -f "$tar"
+    rm -f "$tar" "$setup"
     return "$status"
 }
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import ipaddress
 import json
@@ -12,17 +13,19 @@ import random
 import re
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import testinfra  # type: ignore[import-untyped]
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("ipv4", "ipv6")
+SSH = 22
 RUN_SECONDS = 300
 GATE_TABLE = "fleet_portknock"
 # Where a host, its package manager and Ansible itself come and go as they like.
@@ -39,6 +42,20 @@ class Run(NamedTuple):
     status: int
     output: str
     recap: dict[str, dict[str, int]]
+
+
+class Stretch(NamedTuple):
+    """When a port began to be open, in seconds since the epoch, and for how many seconds it was."""
+
+    began: float
+    seconds: float
+
+
+class Watch(NamedTuple):
+    """How often a port was tried, and when it was open, by host and family; filled in when the watch ends."""
+
+    tries: dict[tuple[str, str], int]
+    open: dict[tuple[str, str], list[Stretch]]
 
 
 class Fleet:
@@ -70,6 +87,59 @@ class Fleet:
         results: list[Any] = json.loads(done.stdout)
         return results
 
+    def judge(self, host: str, *addresses: str, ports: Sequence[int] = (22,), seconds: float = 5) -> list[str]:
+        """What is wrong with a gate: a port that is not closed without the knock, or not open with it.
+
+        :param addresses: where to look; the host's own address of each family unless given.
+        :param seconds: how long an opening may take: sshd itself may just be starting.
+        """
+        problems = []
+        for target in addresses or [self.hosts[host][family] for family in FAMILIES]:
+            (source,) = self.sources.take("ipv6" if ":" in target else "ipv4")
+            # A web server says nothing until it is asked.
+            wanted = ["open" if port == SSH else "mute" for port in ports]
+            seen = self.outside(
+                *(["connect", source, target, port] for port in ports),
+                ["knock", source, target, self.knocks(host)],
+                *(["until", state, seconds, source, target, port] for state, port in zip(wanted, ports)),
+            )
+            for number, (port, state) in enumerate(zip(ports, wanted)):
+                before, after = seen[number], seen[len(ports) + 1 + number]
+                if before in ("open", "mute"):
+                    problems.append(f"port {port} of {target} is {before} without the knock")
+                if after != state:
+                    problems.append(f"port {port} of {target} is {after} after the knock")
+        return problems
+
+    @contextlib.contextmanager
+    def watched(self, *hosts: str, port: int = 22) -> Iterator[Watch]:
+        """Look at a port of hosts from outside all the while, and know afterwards when it was open without a knock."""
+        watch = Watch({}, {})
+        stop = f"/tmp/stop-{random.getrandbits(64):x}"
+        calls = {}
+        for host in hosts:
+            for family in FAMILIES:
+                step = ["watch", stop, RUN_SECONDS, *self.sources.take(family), self.hosts[host][family], port]
+                calls[host, family] = subprocess.Popen(
+                    ["docker", "exec", "-i", self.client, "python3", "-c", OUTSIDE],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                print(json.dumps([step]), file=calls[host, family].stdin)
+                cast(IO[str], calls[host, family].stdin).close()
+        try:
+            for call in calls.values():
+                cast(IO[str], call.stdout).readline()
+            yield watch
+        finally:
+            subprocess.run(["docker", "exec", self.client, "touch", stop], check=True)
+            for place, call in calls.items():
+                result = json.loads(cast(IO[str], call.stdout).read())[0]
+                watch.tries[place] = result["tries"]
+                watch.open[place] = [Stretch(*pair) for pair in result["open"]]
+                call.wait()
+
     def scan(self, family: str, ports: str = "-") -> dict[str, dict[str, str]]:
         """nmap's view of tcp ports: for each host the ports that don't look like most others, and how most look."""
         by_address = {host[family]: name for name, host in self.hosts.items()}
@@ -100,6 +170,10 @@ class Fleet:
         if check and done.returncode:
             raise AssertionError(f"on {host}: {done.stderr}")
         return done.stdout
+
+    def succeeds(self, host: str, script: str) -> bool:
+        argv = ["docker", "exec", self.hosts[host]["container"], "sh", "-euc", script]
+        return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
     def state(self, host: str) -> dict[str, str]:
         """Everything that the collection could have left behind."""
@@ -245,20 +319,21 @@ class _Sources:
     def __init__(self, fleet: Fleet) -> None:
         # Where the last test run stopped is not known, so begin anywhere.
         self._next = random.randrange(200)
+        self._turn = threading.Lock()
         self._client = fleet.client
         self._net4 = ipaddress.IPv4Network(fleet.description["ipv4"])
         self._net6 = ipaddress.IPv6Network(fleet.description["ipv6"])
 
     def take(self, family: str, count: int = 1) -> list[str]:
         """Addresses; with IPv6 all of them in one fresh /64."""
-        self._next += 1
+        with self._turn:
+            first = self._next
+            self._next += count
         if family == "ipv6":
-            block = 1 + self._next % 255
+            block = 1 + first % 255
             chosen = [f"{self._net6[(block << 64) + 16 + index]}" for index in range(count)]
             added = [f"ip -6 addr replace {address}/{self._net6.prefixlen} dev eth0 nodad" for address in chosen]
         else:
-            first = self._next
-            self._next += count - 1
             chosen = [f"{self._net4[50 + (first + index) % 200]}" for index in range(count)]
             added = [f"ip -4 addr replace {address}/{self._net4.prefixlen} dev eth0" for address in chosen]
         subprocess.run(["docker", "exec", self._client, "sh", "-ec", "; ".join(added)], check=True, capture_output=True)

@@ -8,19 +8,27 @@ step. Knocks are raw packets made here, so that a mistake in the product's own k
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import socket
 import struct
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 TCP_SYN = 2
+TCP_SYN_ACK = 18
+OFFSET_OF_TCP_FLAGS = 13
 OFFSET_OF_TCP_CHECKSUM = 16
 IPV6_CHECKSUM = 7  # not in the socket module of every Python
 ANSWER_SECONDS = 1.5
 POLL_SECONDS = 0.05
+WATCH_SECONDS = 0.02
+# Two answers that are not further apart belong to one stretch of time, though others between them were lost.
+SAME_STRETCH_SECONDS = 0.25
 
 
 def family_of(address: str) -> socket.AddressFamily:
@@ -34,25 +42,51 @@ def internet_checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def syn(source: str, target: str, port: int, times: int) -> None:
-    """The same SYN, as often as asked: what a retransmission looks like."""
-    family = family_of(target)
+def raw_tcp(source: str, target: str) -> socket.socket:
+    """Sends packets from the one address to the other, and receives what comes back."""
+    raw = socket.socket(family_of(target), socket.SOCK_RAW, socket.IPPROTO_TCP)
+    if raw.family == socket.AF_INET6:
+        raw.setsockopt(socket.IPPROTO_IPV6, IPV6_CHECKSUM, OFFSET_OF_TCP_CHECKSUM)
+    raw.bind((source, 0))
+    raw.connect((target, 0))
+    return raw
+
+
+def syn_packet(source: str, target: str, source_port: int, port: int) -> bytes:
+    sequence = random.getrandbits(32)
 
     def header(checksum: int) -> bytes:
         return struct.pack("!HHIIBBHHH", source_port, port, sequence, 0, 5 << 4, TCP_SYN, 64240, checksum, 0)
 
-    source_port, sequence = random.randrange(32768, 61000), random.getrandbits(32)
-    with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
-        raw.bind((source, 0))
-        packet = header(0)
-        if family == socket.AF_INET6:
-            raw.setsockopt(socket.IPPROTO_IPV6, IPV6_CHECKSUM, OFFSET_OF_TCP_CHECKSUM)
-        else:
-            pseudo = socket.inet_aton(source) + socket.inet_aton(target)
-            pseudo += struct.pack("!BBH", 0, socket.IPPROTO_TCP, len(packet))
-            packet = header(internet_checksum(pseudo + packet))
+    packet = header(0)
+    if ":" in target:
+        return packet  # the kernel adds the checksum
+    pseudo = socket.inet_aton(source) + socket.inet_aton(target)
+    pseudo += struct.pack("!BBH", 0, socket.IPPROTO_TCP, len(packet))
+    return header(internet_checksum(pseudo + packet))
+
+
+def syn(source: str, target: str, port: int, times: int) -> None:
+    """The same SYN, as often as asked: what a retransmission looks like."""
+    packet = syn_packet(source, target, random.randrange(32768, 61000), port)
+    with raw_tcp(source, target) as raw:
         for _ in range(times):
-            raw.sendto(packet, (target, 0))
+            raw.send(packet)
+
+
+def welcomed(raw: socket.socket) -> Iterator[int]:
+    """The source ports of those SYNs that a SYN-ACK has come for meanwhile."""
+    while True:
+        try:
+            packet = raw.recv(256, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            continue  # an ICMP error, told once
+        if raw.family == socket.AF_INET:
+            packet = packet[(packet[0] & 15) * 4 :]
+        if packet[OFFSET_OF_TCP_FLAGS] & TCP_SYN_ACK == TCP_SYN_ACK:
+            yield struct.unpack_from("!H", packet, 2)[0]
 
 
 def datagram(source: str, target: str, port: int, times: int) -> None:
@@ -112,6 +146,33 @@ class Outside:
             seen.add(self.connect(source, target, port))
             time.sleep(POLL_SECONDS)
         return sorted(seen)
+
+    def watch(self, stop: str, seconds: float, source: str, target: str, port: int) -> dict[str, Any]:
+        """Send a SYN every few milliseconds until the file ``stop`` is there; a line of its own says when it begins.
+
+        Bare SYNs: a connection would cost the host a process, and slow down what is watched. Returns how many there were,
+        and each stretch of time in which they were answered by a SYN-ACK: when it began (seconds since the epoch) and how
+        many seconds it took.
+        """
+        deadline = time.monotonic() + seconds
+        sent: dict[int, float] = {}
+        stretches: list[list[float]] = []
+        tries = 0
+        with raw_tcp(source, target) as raw:
+            print("watching", flush=True)
+            while time.monotonic() < deadline and not os.path.exists(stop):
+                source_port = 32768 + tries % 28000
+                tries += 1
+                sent[source_port] = time.time()
+                with contextlib.suppress(OSError):  # its interface may be down
+                    raw.send(syn_packet(source, target, source_port, port))
+                time.sleep(WATCH_SECONDS)
+                for answered in welcomed(raw):
+                    now = time.time()
+                    if not stretches or sent[answered] > stretches[-1][1] + SAME_STRETCH_SECONDS:
+                        stretches.append([sent[answered], now])
+                    stretches[-1][1] = now
+        return {"tries": tries, "open": [[began, ended - began] for began, ended in stretches]}
 
     def hold(self, source: str, target: str, port: int) -> str:
         self.held = socket.create_connection((target, port), ANSWER_SECONDS, (source, 0))

@@ -71,7 +71,10 @@ else
     done
     logger -t fleet-portknock -p daemon.warning "A change was not confirmed: the former state is back." || true
 fi
+timer=$(cat {folder}/trial/timer 2>/dev/null)
 rm -rf {folder}/trial
+# Nothing is left for it to do where this was not started by it.
+[ -z "$timer" ] || systemctl --no-block stop "$timer.timer" >/dev/null 2>&1 || true
 """
 
 

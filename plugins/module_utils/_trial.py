@@ -185,8 +185,13 @@ class Trial:
         :raises PortknockError: the way back can't be written, or the timer can't be armed.
         """
         self.end()
+        # First of all: what is written below is then taken away again, whoever dies in between.
+        armed = self._arm(run, seconds)
         try:
             os.makedirs(self._trial, mode=0o700)
+            for name, text in zip(("timer", "pid"), armed):
+                if text is not None:
+                    write_text(self.path(name), text, 0o600)
             for name, text in texts.items():
                 write_text(self.path(name), text, 0o600)
             script = _SCRIPT.format(
@@ -200,14 +205,13 @@ class Trial:
             )
             write_text(self._script(run), script, 0o700)
             write_text(self.path("deadline"), f"{_uptime() + seconds:.2f}", 0o600)
-            self._arm(run, seconds)
             # Last: without it the script does nothing.
             write_text(self.path("run"), run, 0o600)
-        except OSError as exc:
-            self.end()
-            raise PortknockError(f"{self._trial}: expected to be able to write it; got {exc.strerror}.") from None
-        except BaseException:
-            self.end()
+        except BaseException as exc:
+            self._disarm(armed)
+            shutil.rmtree(self._trial, ignore_errors=True)
+            if isinstance(exc, OSError):
+                raise PortknockError(f"{self._trial}: expected to be able to write it; got {exc.strerror}.") from None
             raise
 
     def require(self, run: str) -> None:
@@ -254,11 +258,19 @@ class Trial:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(int(pid), signal.SIGTERM)
 
-    def _arm(self, run: str, seconds: int) -> None:
-        script = shlex.quote(self._script(run))
+    def _arm(self, run: str, seconds: int) -> tuple[Optional[str], Optional[str]]:
+        """Start the timer; returns its unit, or the process that stands in for it.
+
+        :raises PortknockError: neither can be started.
+        """
+        script, lock = shlex.quote(self._script(run)), shlex.quote(os.path.join(self.folder, "lock"))
+        # Without a script, or with one and no run's id, whoever armed this died before anything was changed.
+        command = (
+            f"[ ! -e {script} ] || exec /bin/sh {script}; "
+            f"exec 9>>{lock} && flock 9 && {{ [ -e {shlex.quote(self.path('run'))} ] || rm -rf {shlex.quote(self._trial)}; }}"
+        )
         # A name of its own for each arming: a timer that was left behind must not be in the way.
         timer = f"{UNIT_PREFIX}{run}-{secrets.token_hex(3)}"
-        write_text(self.path("timer"), timer, 0o600)
         armed = self._run(
             [
                 "systemd-run",
@@ -270,16 +282,16 @@ class Trial:
                 "--timer-property=AccuracySec=100ms",
                 "/bin/sh",
                 "-c",
-                f"[ ! -e {script} ] || exec /bin/sh {script}",
+                command,
             ],
             None,
         )
         if armed.code == 0:
-            return
+            return timer, None
         # No systemd that answers: a process of its own session, which outlives the connection that started it.
         try:
             process = subprocess.Popen(
-                ["/bin/sh", "-c", f"sleep {int(seconds)}; [ ! -e {script} ] || exec /bin/sh {script}"],
+                ["/bin/sh", "-c", f"sleep {int(seconds)}; {command}"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -291,7 +303,7 @@ class Trial:
                 f"Neither systemd-run (exit code {armed.code}) nor a process of its own ({exc.strerror}) can be started "
                 "to bring the host back, so nothing was changed."
             ) from None
-        write_text(self.path("pid"), str(process.pid), 0o600)
+        return None, str(process.pid)
 
 
 def _uptime() -> float:

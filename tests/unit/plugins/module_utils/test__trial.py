@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Optional
 
 import pytest
+from ansible_collections.fleet.portknock.plugins.module_utils import _trial
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Completed, run
 from ansible_collections.fleet.portknock.plugins.module_utils._trial import Trial
@@ -233,6 +234,22 @@ def test_nothing_is_armed_when_no_timer_can_be(state: Path, tmp_path: Path, monk
     with pytest.raises(PortknockError, match="so nothing was changed"), trial.lock():
         trial.begin("aa", LONG, load="true", files="true", committed="false", finish="true", texts={})
     assert trial.pending() is None
+
+
+def test_nothing_is_left_by_a_run_that_dies_before_it_may_change_anything(
+    trial: Trial, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        with trial.lock():
+            # Dies where it would write the last file.
+            monkeypatch.setattr(_trial, "_uptime", lambda: os.kill(os.getpid(), signal.SIGKILL))
+            trial.begin("aa", 1, load="false", files="true", committed="false", finish="true", texts={"former": "x"})
+    os.waitpid(pid, 0)
+    assert os.path.exists(trial.path("former"))
+    until(lambda: not os.path.exists(trial.path("")))
+    assert state.read_text() == "former"
 
 
 def test_confirmation_after_the_way_back_is_refused(trial: Trial, state: Path) -> None:

@@ -24,8 +24,8 @@ demo-clean: ## remove the demo's containers, network and files
 	@python3 scripts/fleet.py down demo
 
 .PHONY: test
-test: tools images ## everything that can fail: unit, lint, sanity, network namespaces, Molecule
-	@python3 scripts/check.py unit lint sanity netns access molecule
+test: tools images ## everything that can fail: unit, lint, sanity, network namespaces, Molecule, faults
+	@python3 scripts/check.py unit lint sanity netns access molecule faults
 
 .PHONY: unit lint sanity
 unit: tools ## unit tests
@@ -42,6 +42,10 @@ access: tools images ## the connection and the knock against real sshds
 	@python3 scripts/check.py $@
 molecule: tools images ## every scenario, or one: make molecule SCENARIO=default
 	@python3 scripts/check.py $(if $(SCENARIO),molecule:$(SCENARIO),molecule)
+
+.PHONY: faults
+faults: tools images ## break the protection of a gate at every step of a run (takes an hour)
+	@python3 scripts/check.py faults:full
 
 .PHONY: bench
 bench: controller images ## what a run costs, as a ratio to Ansible's own floor

@@ -248,11 +248,7 @@ class Fleet:
             timeout=RUN_SECONDS,
             check=False,
         )
-        recap = {
-            host: {key: int(number) for key, number in re.findall(r"(\w+)=(\d+)", rest)}
-            for host, rest in _RECAP.findall(done.stdout)
-        }
-        return Run(done.returncode, done.stdout, recap)
+        return Run(done.returncode, done.stdout, recap_of(done.stdout))
 
     def kill_play_when(
         self, playbook: str | Path, happened: Callable[[], bool], variables: Mapping[str, object] | None = None
@@ -356,6 +352,14 @@ def _view(path: Path, _changed: int, configuration: Path) -> dict[str, Any]:
     )
     content: dict[str, Any] = yaml.safe_load(done.stdout)
     return content
+
+
+def recap_of(output: str) -> dict[str, dict[str, int]]:
+    """The numbers of a run's recap, for each host."""
+    return {
+        host: {key: int(number) for key, number in re.findall(r"(\w+)=(\d+)", rest)}
+        for host, rest in _RECAP.findall(output)
+    }
 
 
 def differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Runs the project's checks: one header a step, one line a check, everything else in ``.cache/logs``.
 
-Usage: ``check.py STEP...``; a step is one of STEPS, or ``molecule:SCENARIO``. All steps run, whatever fails on the
-way. The last line counts what really ran: where a check is pytest, its tests, and everything else as one.
+Usage: ``check.py STEP...``; a step is one of STEPS, ``molecule:SCENARIO`` or ``faults:full``. All steps run, whatever fails
+on the way. The last line counts what really ran: where a check is pytest, its tests, of the faults each try, and everything
+else as one. Lines of a check's output that are a table's (``| ... |``) are shown whatever comes of it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 LOGS = CACHE / "logs"
 TAIL_LINES = 40
-# pytest's closing line: "12 passed, 1 skipped in 3.21s", with or without a frame of = around it.
+# pytest's closing line: "12 passed, 1 skipped in 3.21s", with or without a frame of = around it. tests/faults ends likewise.
 CLOSING = re.compile(r"(?:=+ )?((?:\d+ (?:failed|passed|skipped|error|x|desel|warn)\w*(?:, )?)+) in [\d.]+s")
 COUNTED = re.compile(r"(\d+) (failed|passed|skipped|error)")
+TABLE = re.compile(r"\|( .* \|)+")
 TERMINAL = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -47,7 +49,9 @@ def unit() -> Iterator[Check]:
 
 def lint() -> Iterator[Check]:
     scripts = [
-        str(path.relative_to(ROOT)) for folder in ("scripts", "demo", "roles") for path in (ROOT / folder).rglob("*.sh")
+        str(path.relative_to(ROOT))
+        for folder in ("scripts", "demo", "roles", "tests")
+        for path in (ROOT / folder).rglob("*.sh")
     ]
     yield Check("yamllint", ["yamllint", "--strict", "."])
     yield Check("ruff-check", ["ruff", "check", "."])
@@ -59,7 +63,8 @@ def lint() -> Iterator[Check]:
     for folder in (ROOT / "scripts", ROOT / "bench", ROOT / "molecule", *sorted((ROOT / "tests").iterdir())):
         if any(folder.rglob("*.py")):
             top = folder.parent if (folder / "__init__.py").exists() else folder
-            yield Check(f"mypy-{folder.name}", ["env", f"MYPYPATH={CACHE}:{top}", "mypy", str(folder)])
+            paths = f"{CACHE}:{top}:{ROOT / 'molecule'}"
+            yield Check(f"mypy-{folder.name}", ["env", f"MYPYPATH={paths}", "mypy", str(folder)])
     yield Check("shellcheck", ["shellcheck", "-x", "-P", "SCRIPTDIR", *sorted(scripts), ".ci/run"])
     yield Check("ansible-lint", ["ansible-lint", "--offline", "--strict"])
 
@@ -82,7 +87,22 @@ def molecule(scenario: str = "") -> Iterator[Check]:
             yield Check(f"molecule-{path.parent.name}", ["molecule", "test", "-s", path.parent.name])
 
 
-STEPS = {"unit": unit, "lint": lint, "sanity": sanity, "netns": netns, "access": access, "molecule": molecule}
+def faults(form: str = "") -> Iterator[Check]:
+    program = ["env", f"PYTHONPATH={CACHE}:{ROOT / 'molecule'}", "python3", "tests/faults/run.py"]
+    yield Check("faults", [*program, form or "short"])
+
+
+STEPS = {
+    "unit": unit,
+    "lint": lint,
+    "sanity": sanity,
+    "netns": netns,
+    "access": access,
+    "molecule": molecule,
+    "faults": faults,
+}
+# Steps that take an argument, after a colon.
+WITH_ARGUMENT = {"molecule": molecule, "faults": faults}
 
 
 def environment(check: Check) -> dict[str, str]:
@@ -128,6 +148,9 @@ def run(check: Check) -> Counter[str]:
         counts["passed"] += 1
     verdict = "FAILED" if done.returncode else "ok"
     print(f"  {verdict:7} {check.name:22} {seconds:6.1f} s  {told}".rstrip(), flush=True)
+    for line in lines:
+        if TABLE.fullmatch(line):
+            print(f"    {line}", flush=True)
     if done.returncode:
         print("\n".join(f"    | {line}" for line in lines[-TAIL_LINES:]))
         print(f"    the whole log: {log}", flush=True)
@@ -141,7 +164,7 @@ def main(names: list[str]) -> int:
     for name in names:
         step, _, argument = name.partition(":")
         print(f"== {name}", flush=True)
-        checks = list(molecule(argument) if step == "molecule" else STEPS[step]())
+        checks = list(WITH_ARGUMENT[step](argument) if step in WITH_ARGUMENT else STEPS[step]())
         if not checks:
             print("  FAILED  there is nothing to run")
             total["failed"] += 1

@@ -80,7 +80,7 @@ class Fault:
     kills_controller = False
     needs_clock = False
     # At how many steps of a kind of play the full form tries it.
-    most = 6
+    most = 4
     # How long an un-knocked source may get in, in seconds.
     bearable_hole = 0.0
     # Whether other people's rules stay as they were.

@@ -56,7 +56,8 @@ class Attempt:
     @property
     def trial(self) -> int:
         """Seconds for which the change is on trial."""
-        return CONFIRMED_TRIAL_SECONDS if "confirm" in self.step.phase else TRIAL_SECONDS
+        may_be_confirmed = "confirm" in self.step.phase or not (self.fault.dies or self.is_broken)
+        return CONFIRMED_TRIAL_SECONDS if may_be_confirmed else TRIAL_SECONDS
 
     @property
     def verdicts(self) -> list[str]:
@@ -228,7 +229,7 @@ class DiskFull(Fault):
         attempt.host.go_on()
 
     def mend(self, attempt: Attempt) -> None:
-        """Make room; what was written stays, on the disk beneath."""
+        """Make room; what was written stays on the disk beneath, and counts at the next boot."""
         folder, host = self._folder, attempt.host
         host.execute(f"rm -f {self._filler}", check=False)
         if folder == "/run":
@@ -238,6 +239,8 @@ class DiskFull(Fault):
             f"mount --bind / /mnt; find /mnt{folder} -mindepth 1 -delete; cp -a {folder}/. /mnt{folder}; umount /mnt\n"
             f"umount {folder}; rmdir {folder} 2>/dev/null || true; systemctl daemon-reload"
         )
+        host.power_loss()
+        host.wait_for_boot()
 
 
 class Planted(Fault):

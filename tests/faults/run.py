@@ -252,9 +252,8 @@ def main() -> int:
     harmless = [attempt for _protection, attempt in harmed if not (attempt.locked_out or attempt.left_open)]
     for attempt in harmless:
         print(f"No harm without the protection: {attempt.fault.name}, {attempt.label}; this fault can't fail.")
-    untried = {fault.name for fault in FAULTS if arguments.fault in fault.name} - {
-        attempt.fault.name for attempt in attempts
-    }
+    wanted = {fault.name for fault in FAULTS if arguments.fault in fault.name and arguments.form != "unprotected"}
+    untried = wanted - {attempt.fault.name for attempt in attempts}
     for name in sorted(untried):
         print(f"Not tried: {name}")
     bad = sum(bool(attempt.verdicts) for attempt in attempts) + len(harmless)

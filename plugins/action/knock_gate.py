@@ -16,7 +16,12 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, loose_warning, settings_from
-from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets, check_operators
+from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
+    HostSecrets,
+    check_operators,
+    check_same_secrets,
+    read_host_state,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._phases import is_trusted
 from ansible_collections.fleet.portknock.plugins.module_utils._proof import answer, packed_addresses
 from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import action_on, knock_ssh_of, quiet
@@ -91,6 +96,8 @@ class ActionModule(ActionBase):
             raise PortknockError(
                 f"knock_keyring_dir: expected an entry for {host} in {keyring.directory}; got none. knock_keyring makes it."
             )
+        if not self._task.check_mode:
+            check_same_secrets(read_host_state(found["gate"]), entry)
         knocks = entry.wanted(operators)[operators[0]][0]
         warning = loose_warning(settings, len(knocks))
         if warning:

@@ -40,13 +40,14 @@ _HEADER = "# Written by fleet.portknock. Changes made by hand are found and undo
 class Wanted(NamedTuple):
     """The gate that a host is to have.
 
-    ``texts`` are the rendered files, by the names that the back end gives them; ``keyring`` and ``generation`` say whose
-    secrets these are, so that a stale keyring is noticed.
+    ``texts`` are the rendered files, by the names that the back end gives them; ``keyring``, ``generation`` and
+    ``fingerprint`` say whose secrets these are, so that a stale keyring is noticed.
     """
 
     texts: Mapping[str, str]
     keyring: str
     generation: int
+    fingerprint: str
 
 
 class Found(NamedTuple):
@@ -156,9 +157,10 @@ class GateHost:
         for name, path in self._paths.items():
             if path != self._gate:
                 write_text(path, wanted.texts[name], self._backend.files[name].mode)
+        # As `systemctl enable` would, but with no moment at which a boot found files and did not look after them.
+        for unit in self._backend.units:
+            _make_link(os.path.join(self._units, unit), self._link(unit))
         self._systemctl("daemon-reload")
-        self._systemctl("enable", *self._backend.units)
-        sync_folder(os.path.dirname(self._link(self._backend.units[0])))
         # They answer before the gate is kept: one that nobody watches over would not stay closed.
         self._systemctl("restart", *self._backend.services)
         text = self._boot_text(wanted, digests, run)
@@ -262,6 +264,7 @@ class GateHost:
         state = {
             "backend": self._backend.name,
             "digests": digests,
+            "fingerprint": wanted.fingerprint,
             "generation": wanted.generation,
             "keyring": wanted.keyring,
             "run": run,
@@ -271,7 +274,8 @@ class GateHost:
 
     def _state_differences(self, wanted: Wanted, found: Found) -> list[Difference]:
         differences = []
-        for key, after in (("keyring", wanted.keyring), ("generation", wanted.generation)):
+        for key in ("keyring", "generation", "fingerprint"):
+            after = getattr(wanted, key)
             if found.state.get(key) != after:
                 differences.append(Difference(key, f"{found.state.get(key)}\n", f"{after}\n"))
         if not found.private:
@@ -345,6 +349,16 @@ def _is_private(*paths: str) -> bool:
         if status.st_mode & 0o077 or status.st_uid != os.geteuid():
             return False
     return True
+
+
+def _make_link(target: str, path: str) -> None:
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if not os.path.islink(path):
+            os.symlink(target, path)
+        sync_folder(os.path.dirname(path))
+    except OSError as exc:
+        raise PortknockError(f"{path}: expected to be able to make it; got {exc.strerror}.") from None
 
 
 def _make_private_folder(path: str) -> None:

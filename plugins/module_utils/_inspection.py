@@ -57,6 +57,7 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
             "backend": found.state.get("backend"),
             "keyring": found.state.get("keyring"),
             "generation": found.state.get("generation", 0),
+            "fingerprint": found.state.get("fingerprint"),
         },
         "backend": {
             "name": backend,

@@ -8,6 +8,9 @@ this module holds a port of a sequence or a seed.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import json
 import re
 import secrets
 from dataclasses import dataclass, replace
@@ -35,6 +38,7 @@ SOURCES = (GENERATED, GIVEN)
 _OPERATORS_OPTION = "knock_server_operators"
 _SEQUENCES_OPTION = "knock_server_sequences"
 _ADOPT_OPTION = "knock_server_adopt"
+_REMEDY = f"Use the keyring that the gate came from, or set {_ADOPT_OPTION} to give the host new secrets."
 _OPERATOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 # A keyring inside a folder that is an inventory source is read by Ansible as inventory; under one of these names an
 # operator's sequences would become variables of hosts.
@@ -188,6 +192,21 @@ class HostSecrets:
             },
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells these secrets from others of the same generation, and gives nothing of them away.
+
+        HMAC-SHA-256 of what the gate is to honour, with the tripwires' seed as the key: the first 64 bits in hex. A promotion
+        does not change it.
+        """
+        honoured = {
+            name: [str(knock) for knock in operator.wanted.knocks]
+            for name, operator in sorted(self.operators.items())
+            if operator.active
+        }
+        text = json.dumps([self.generation, honoured])
+        return hmac.new(self.tripwire_seed, text.encode(), hashlib.sha256).hexdigest()[:16]
+
     def marked_removed(self, packages_gone: Sequence[str] = ()) -> HostSecrets:
         """Return this for a host whose gate was taken away: the sequences are kept.
 
@@ -209,10 +228,19 @@ class Plan(NamedTuple):
 
 
 class HostState(NamedTuple):
-    """What a host's gate says of itself: the keyring that it came from, and its generation."""
+    """What a host's gate says of itself: the keyring that it came from, its generation, and its secrets' fingerprint."""
 
     keyring_id: str
     generation: int
+    fingerprint: str | None = None
+
+    def contradicts(self, entry: HostSecrets) -> bool:
+        """Whether the entry has other secrets under the same name: a copy that went a way of its own."""
+        return (
+            self.fingerprint is not None
+            and (self.keyring_id, self.generation) == (entry.keyring_id, entry.generation)
+            and self.fingerprint != entry.fingerprint
+        )
 
 
 def check_operators(values: object) -> tuple[str, ...]:
@@ -287,7 +315,8 @@ def read_host_state(value: object) -> HostState | None:
         if keyring_id is None:
             return None
         if isinstance(keyring_id, str) and keyring_id and generation is not None:
-            return HostState(keyring_id, generation)
+            fingerprint = value.get("fingerprint")
+            return HostState(keyring_id, generation, fingerprint if isinstance(fingerprint, str) else None)
     raise PortknockError(
         "host_state: expected what knock_gate_info reports as gate, a mapping with keyring and generation; "
         "got something else."
@@ -307,21 +336,34 @@ def check_host_state(
     """
     if state is None or adopt:
         return
-    remedy = f"Use the keyring that the gate came from, or set {_ADOPT_OPTION} to give the host new secrets."
     if state.keyring_id != keyring_id:
         raise PortknockError(
             f"knock_keyring_dir: expected the keyring {state.keyring_id}, from which the gate of {host} came; "
-            f"got {'a new one' if keyring_id is None else keyring_id}. {remedy}"
+            f"got {'a new one' if keyring_id is None else keyring_id}. {_REMEDY}"
         )
     if existing is None:
         raise PortknockError(
             f"knock_keyring_dir: expected an entry for {host}, whose gate has generation {state.generation}; "
-            f"got none. {remedy}"
+            f"got none. {_REMEDY}"
         )
     if existing.generation < state.generation:
         raise PortknockError(
             f"knock_keyring_dir: expected generation {state.generation} or later of {host}, which is what its gate "
-            f"has; got {existing.generation}, an older copy. {remedy}"
+            f"has; got {existing.generation}, an older copy. {_REMEDY}"
+        )
+    check_same_secrets(state, existing)
+
+
+def check_same_secrets(state: HostState | None, entry: HostSecrets) -> None:
+    """Refuse an entry whose secrets are others than those that the gate has under the same generation.
+
+    :raises PortknockError: they are.
+    """
+    if state is not None and state.contradicts(entry):
+        raise PortknockError(
+            f"knock_keyring_dir: expected the secrets of generation {state.generation} that the gate of {entry.host} was "
+            "made from; got others under the same number: they were changed by hand, or are a copy's that went a way of its "
+            f"own. {_REMEDY}"
         )
 
 
@@ -422,7 +464,9 @@ def plan_secrets(
     # The order of what is there is kept: it is the order in which a client tries.
     ordered = {name: planned[name] for name in (*known, *created)}
     same = replace(existing, operators=ordered, removed=False, keyring_id=keyring_id)
-    adopted = state is not None and (state.keyring_id != keyring_id or state.generation > existing.generation)
+    adopted = state is not None and (
+        state.keyring_id != keyring_id or state.generation > existing.generation or state.contradicts(existing)
+    )
     if same == existing and not adopted:
         if noted == existing.packages:
             return Plan(existing, False, (), tuple(warnings))
@@ -602,6 +646,7 @@ __all__ = (
     "check_host_state",
     "check_operators",
     "check_packages",
+    "check_same_secrets",
     "parse_given",
     "plan_secrets",
     "read_host_state",

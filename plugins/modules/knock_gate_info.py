@@ -72,6 +72,10 @@ gate:
     generation:
       description: Generation of these secrets; 0 without a gate.
       type: int
+    fingerprint:
+      description:
+        - What tells these secrets from others of the same generation, and gives nothing of them away; V(null) without a gate.
+      type: str
 backend:
   description: What the asked-for back end can do here.
   returned: always

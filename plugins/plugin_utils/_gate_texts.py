@@ -36,7 +36,12 @@ def gate_texts(
     # as it was when the secrets were made, so that a service that comes and goes changes nothing.
     avoid = entry.avoid | {knock.port for knock in in_use if knock.port < _FIRST_UNPRIVILEGED}
     gate = build_model(settings, entry.wanted(operators), entry.tripwire_seed, avoid, found["backend"]["capabilities"])
-    return {"texts": render(templates, backend, gate), "keyring": entry.keyring_id, "generation": entry.generation}
+    return {
+        "texts": render(templates, backend, gate),
+        "keyring": entry.keyring_id,
+        "generation": entry.generation,
+        "fingerprint": entry.fingerprint,
+    }
 
 
 def with_throwaway_secrets(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 import uuid
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from hosts import Host, Step
 from judge import Keyring
+from lab import wait_until
 from play import Play
 
 # How long a change is on trial, and how much later the host must have gone back at the latest. A change that is to be
@@ -24,6 +26,7 @@ HOUR = 3600
 # What the product promises where another program takes the gate away.
 REPAIR_SECONDS = 2.0
 CLOCK = "etc/faketimerc"
+RESTORE_NEIGHBOUR = "nft list table inet neighbour >/dev/null 2>&1 || systemctl restart neighbour"
 _UNUSED = range(20000, 60000)
 
 
@@ -177,18 +180,6 @@ class CallFails(Fault):
         """The call has failed already."""
 
 
-class UnitFails(CallFails):
-    """systemctl fails, and what it was to do for the next boot is seen at the next boot."""
-
-    def __init__(self) -> None:
-        super().__init__("systemctl")
-        self.name = "systemctl fails, host restarted"
-
-    def mend(self, attempt: Attempt) -> None:
-        attempt.host.power_loss()
-        attempt.host.wait_for_boot()
-
-
 class TimerFails(CallFails):
     """systemd-run can't arm the timer, and the controller is killed."""
 
@@ -320,7 +311,28 @@ class Flushed(Fault):
         attempt.host.go_on()
 
     def tidy(self, attempt: Attempt) -> None:
-        attempt.host.execute("nft list table inet neighbour >/dev/null 2>&1 || systemctl restart neighbour")
+        attempt.host.execute(RESTORE_NEIGHBOUR)
+
+
+class UnitFails(CallFails):
+    """systemctl fails; whether what it was to do was needed shows when somebody flushes every table later."""
+
+    spares_others = False
+    bearable_hole = REPAIR_SECONDS
+
+    def __init__(self) -> None:
+        super().__init__("systemctl")
+        self.name = "systemctl fails, later flushed"
+
+    def mend(self, attempt: Attempt) -> None:
+        host = attempt.host
+        host.execute("nft flush ruleset")
+        if host.is_gated:
+            with contextlib.suppress(AssertionError):
+                wait_until(host.has_table, REPAIR_SECONDS, "the gate is back")
+
+    def tidy(self, attempt: Attempt) -> None:
+        attempt.host.execute(RESTORE_NEIGHBOUR)
 
 
 # First what only some hosts can have, so that these begin with it.

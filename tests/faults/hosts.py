@@ -138,6 +138,9 @@ class Host:
     def is_gated(self) -> bool:
         return self.has(CONFIRMED)
 
+    def has_table(self) -> bool:
+        return "table inet fleet_portknock" in self.execute("nft list tables").splitlines()
+
     def neighbour(self) -> str:
         return self.execute("nft -s list table inet neighbour", check=False)
 

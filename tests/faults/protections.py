@@ -86,9 +86,9 @@ PROTECTIONS: tuple[Protection, ...] = (
     ),
     Protection(
         "what fails stops the confirmation",
-        "systemctl fails, host restarted",
+        "systemctl fails, later flushed",
         "first",
-        Step("confirm", "systemctl enable"),
+        Step("confirm", "systemctl restart"),
         (
             Cut(
                 _HOST,
@@ -130,6 +130,19 @@ PROTECTIONS: tuple[Protection, ...] = (
         "change",
         Step("look", "nft -j list"),
         (Cut(_CONTROLLERS_KEYRING, "        if kept.keyring_id != keyring_id:\n", "        if False:\n"),),
+    ),
+    Protection(
+        "secrets of one generation are compared",
+        "wrong sequence planted",
+        "change",
+        Step("look", "nft -j list"),
+        (
+            Cut(
+                "plugins/module_utils/_keyring.py",
+                "    if state is not None and state.contradicts(entry):\n",
+                "    if False:\n",
+            ),
+        ),
     ),
     Protection(
         "the monotonic clock",

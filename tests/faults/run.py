@@ -36,7 +36,7 @@ SHORT: dict[tuple[str, bool], dict[str, int]] = {
         "network cut": 1,
         "host restarted": 1,
         "nft fails": 1,
-        "systemctl fails, host restarted": 1,
+        "systemctl fails, later flushed": 1,
         "disk full: /run": 1,
         "disk full: /etc/systemd/system": 1,
         "second run": 1,
@@ -48,8 +48,8 @@ SHORT: dict[tuple[str, bool], dict[str, int]] = {
     },
     ("change", False): {
         "host restarted": 1,
-        "nft fails": 1,
-        "systemctl fails, host restarted": 1,
+        "wrong sequence planted": 1,
+        "systemctl fails, later flushed": 1,
         "disk full: /etc/fleet-portknock": 1,
         "foreign sequence planted": 1,
         "second run": 1,
@@ -61,7 +61,7 @@ SHORT: dict[tuple[str, bool], dict[str, int]] = {
         "network cut": 1,
         "host restarted": 2,
         "nft fails": 1,
-        "systemctl fails, host restarted": 1,
+        "systemctl fails, later flushed": 1,
         "disk full: /run": 1,
     },
 }

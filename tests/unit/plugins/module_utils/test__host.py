@@ -20,8 +20,10 @@ from ansible_collections.fleet.portknock.plugins.module_utils._system import Com
 UNIT = "fleet-portknock.service"
 SERVICE = "fleet-portknock-watch.service"
 TEXTS = {"closed": "closed\n", "load": "load\n", "unit": "unit\n", "service": "service\n", "gate": "the gate\n"}
-WANTED = Wanted(TEXTS, keyring="k1", generation=1)
-NEWER = Wanted({**TEXTS, "gate": "another gate\n", "unit": "another unit\n"}, keyring="k1", generation=2)
+WANTED = Wanted(TEXTS, keyring="k1", generation=1, fingerprint="f1")
+NEWER = Wanted(
+    {**TEXTS, "gate": "another gate\n", "unit": "another unit\n"}, keyring="k1", generation=2, fingerprint="f2"
+)
 
 
 class FileBackend:
@@ -455,7 +457,7 @@ def test_service_that_does_not_run_is_drift(host: GateHost, systemd: Systemd) ->
 
 
 def test_what_differs_in_the_kernel_is_named_and_not_shown(host: GateHost, tmp_path: Path) -> None:
-    wanted = Wanted({**TEXTS, "gate": "lock 48396\nstep 51203\n"}, keyring="k1", generation=1)
+    wanted = Wanted({**TEXTS, "gate": "lock 48396\nstep 51203\n"}, keyring="k1", generation=1, fingerprint="f1")
     apply(host, wanted)
     confirm(host, wanted)
     (tmp_path / "kernel").write_text("lock 48397\nmore 51204\n")

@@ -451,6 +451,13 @@ REMEDY = "Use the keyring that the gate came from, or set knock_server_adopt to 
         ),
         (HostState("ring", 2), None, "ring", "expected an entry for web1, whose gate has generation 2; got none."),
         (
+            HostState("ring", 3, "0123456789abcdef"),
+            FULL,
+            "ring",
+            "expected the secrets of generation 3 that the gate of web1 was made from; got others under the same "
+            "number: they were changed by hand, or are a copy's that went a way of its own.",
+        ),
+        (
             HostState("ring", 4),
             FULL,
             "ring",
@@ -482,3 +489,28 @@ def test_an_adopted_host_gets_a_generation_beyond_its_gates(existing: HostSecret
         made.secrets, state=HostState("ring", 10), length=len(made.secrets.operators["default"].current.knocks)
     )
     assert not settled.changed
+
+
+def test_a_fingerprint_tells_secrets_apart_and_outlives_a_promotion() -> None:
+    operators = {
+        name: replace(operator, next=replace(operator.wanted, knocks=tuple(reversed(operator.wanted.knocks))))
+        for name, operator in FULL.operators.items()
+    }
+    others = replace(FULL, operators=operators)
+    assert len({FULL.fingerprint, others.fingerprint, replace(FULL, generation=4).fingerprint}) == 3
+    assert FULL.promoted().fingerprint == FULL.fingerprint
+    assert HostState("ring", 3, FULL.fingerprint).contradicts(FULL) is False
+    assert HostState("ring", 3, FULL.fingerprint).contradicts(others) is True
+    assert HostState("ring", 2, FULL.fingerprint).contradicts(others) is False
+
+
+def test_contradicting_secrets_that_are_adopted_get_a_generation_of_their_own() -> None:
+    plan = plan_secrets(
+        FULL,
+        keyring_id="ring",
+        host="web1",
+        operators=[name for name, operator in FULL.operators.items() if operator.active],
+        now=NOW,
+        state=HostState("ring", 3, "0123456789abcdef"),
+    )
+    assert plan.secrets.generation == 4

@@ -41,9 +41,9 @@ def site(fleet: Fleet) -> None:
 def remove(fleet: Fleet, *arguments: str, packages: bool = True) -> Run:
     run = fleet.play(
         "fleet.portknock.remove",
-        *("--limit", "all", *arguments),
+        # As a person types it: a string.
+        *("--limit", "all", "--extra-vars", f"knock_server_remove_packages={str(packages).lower()}", *arguments),
         inventory=fleet.directory / "packages.yml",
-        variables={"knock_server_remove_packages": packages},
     )
     assert run.status == 0, run.output
     return run
@@ -94,4 +94,6 @@ def test_goes_where_it_was_not_before(fleet: Fleet, before: dict[str, dict[str, 
     kept = fleet.secrets("db1")
     assert (kept["removed"], "packages" in kept) == (True, False)
     assert changed(remove(fleet)) == {"web-1": 0, "db1": 0}
+    remove(fleet, "--extra-vars", "knock_server_purge_keyring=true")
+    assert list((fleet.directory / "knock_keyring").glob("*1.yml")) == []
     start_again(fleet)

@@ -317,7 +317,6 @@ class Flushed(Fault):
 class UnitFails(CallFails):
     """systemctl fails; whether what it was to do was needed shows when somebody flushes every table later."""
 
-    spares_others = False
     bearable_hole = REPAIR_SECONDS
 
     def __init__(self) -> None:
@@ -330,9 +329,7 @@ class UnitFails(CallFails):
         if host.is_gated:
             with contextlib.suppress(AssertionError):
                 wait_until(host.has_table, REPAIR_SECONDS, "the gate is back")
-
-    def tidy(self, attempt: Attempt) -> None:
-        attempt.host.execute(RESTORE_NEIGHBOUR)
+        host.execute(RESTORE_NEIGHBOUR)
 
 
 # First what only some hosts can have, so that these begin with it.

@@ -224,7 +224,8 @@ class DiskFull(Fault):
         folder, host = self._folder, attempt.host
         host.execute(f"rm -f {self._filler}", check=False)
         if folder == "/run":
-            host.execute("mount -o remount,size=64m /run")
+            # systemd refuses to reload while there is no room; with room, the next reload makes it forget what is gone.
+            host.execute("mount -o remount,size=64m /run; systemctl daemon-reload")
             return
         host.execute(
             f"mount --bind / /mnt; find /mnt{folder} -mindepth 1 -delete; cp -a {folder}/. /mnt{folder}; umount /mnt\n"

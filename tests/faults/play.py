@@ -46,7 +46,8 @@ class Play:
             " else role_path ~ '/templates' }}"
         }
         if kind in ("change", "broken"):
-            variables["knock_server_step_timeout"] = 3
+            # Larger than what it takes the place of, so that a disk that is full has no room for it.
+            variables.update(knock_server_step_timeout=3, knock_server_tripwires=3000)
         if trials:
             variables["knock_server_confirm_timeout"] = f"{{{{ {dict(trials)!r}[inventory_hostname] }}}}"
         mark = secrets.token_hex(8)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from catalogue import FAULTS, REPAIR_SECONDS, Attempt, Fault
+from catalogue import FAULTS, Attempt, Fault
 from driver import PHASES, Driver
 from hosts import Host, Step
 from lab import ROOT, Fleet
@@ -248,7 +248,7 @@ def main() -> int:
         print("\n".join(table_without(harmed)))
     holes = [attempt.longest_hole for attempt in attempts if attempt.fault.bearable_hole]
     if holes:
-        print(f"The longest hole after a flush: {max(holes):.2f} s of at most {REPAIR_SECONDS:.0f} s.")
+        print(f"The longest hole after a flush: {max(holes):.2f} s.")
     harmless = [attempt for _protection, attempt in harmed if not (attempt.locked_out or attempt.left_open)]
     for attempt in harmless:
         print(f"No harm without the protection: {attempt.fault.name}, {attempt.label}; this fault can't fail.")

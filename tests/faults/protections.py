@@ -80,6 +80,8 @@ PROTECTIONS: tuple[Protection, ...] = (
                 _BACKENDS,
                 'done = self._run([self.program, "-f", "-"], replace_transaction(text, listing))',
                 'self._run(["/usr/sbin/nft", "-f", "-"], _FRESH_TABLE)\n'
+                # Long enough for whoever looks from outside on a busy machine.
+                '            self._run(["sleep", "1"], None)\n'
                 '            done = self._run([self.program, "-f", "-"], text)',
             ),
         ),

@@ -34,8 +34,11 @@ RIGHT = (Knock(48396, "tcp"), Knock(31207, "udp"), Knock(57011, "tcp"))
 STALE = (Knock(41873, "tcp"), Knock(60291, "tcp"), Knock(33877, "udp"))
 RETIRED = (Knock(28461, "tcp"), Knock(44119, "tcp"), Knock(52263, "udp"))
 VAULT_PASSWORD = "correct horse"
-# Everything by which a port of a sequence could show.
-SECRETS = re.compile("|".join(str(knock.port) for knock in (*RIGHT, *STALE, *RETIRED)))
+# Everything by which a port of a sequence could show. Digits within a time, a checksum or a temporary folder's name
+# (ansible-tmp-TIME-PID-NUMBER) are none.
+SECRETS = re.compile(
+    rf"(?<![\w.-])(?:{'|'.join(str(knock.port) for knock in (*RIGHT, *STALE, *RETIRED))})(?![\w-]|\.\d)"
+)
 
 GATE = """
 table inet gate {{

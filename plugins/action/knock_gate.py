@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 from ansible import constants
 from ansible.errors import AnsibleActionFail, AnsibleError
-from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, loose_warning, settings_from
@@ -24,7 +22,8 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._phases import is_trusted
 from ansible_collections.fleet.portknock.plugins.module_utils._proof import answer, packed_addresses
-from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import action_on, knock_ssh_of, quiet
+from ansible_collections.fleet.portknock.plugins.plugin_utils._confirmed import ConfirmedAction
+from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import action_on, is_ssh, knock_ssh_of, quiet
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination
 from ansible_collections.fleet.portknock.plugins.plugin_utils._gate_texts import gate_texts, with_throwaway_secrets
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import Keyring, keyring_options, open_keyring
@@ -32,28 +31,14 @@ from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import Ke
 display = Display()
 
 _CONNECTION = "fleet.portknock.knock_ssh"
-_SHORTEST_TRIAL = 10
-_LONGEST_TRIAL = 3600
 
 
-class _Opaque(str):
-    """A text that core's debug output, which shows a module's arguments, shows nothing of."""
-
-    def __repr__(self) -> str:
-        return "(secret)"
-
-
-def _is_ssh(connection: Any) -> bool:
-    """Whether the connection goes to the host's ssh port: core's plugins, libssh, and whatever else is named for it."""
-    return "ssh" in connection.transport or connection.transport in ("paramiko", "smart")
-
-
-class ActionModule(ActionBase):
+class ActionModule(ConfirmedAction):
     """Convert the task's options, do the three phases on the host, and convert what comes back."""
 
-    _supports_check_mode = True
-    _supports_async = False
-    _connection: Any
+    _module = "fleet.portknock.knock_gate"
+    _timeout_option = "knock_server_confirm_timeout"
+    _internal = ("on_trial", "source_trusted", "ports_in_use", "listeners")
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result: dict[str, Any] = super().run(tmp, task_vars)
@@ -285,18 +270,6 @@ class ActionModule(ActionBase):
     def _backend(self) -> str:
         return str(self._task.args.get("backend", "nftables"))
 
-    def _seconds(self) -> int:
-        given = self._task.args.get("confirm_timeout", 60)
-        try:
-            seconds = int(str(given))
-        except ValueError:
-            seconds = 0
-        if not _SHORTEST_TRIAL <= seconds <= _LONGEST_TRIAL:
-            raise PortknockError(
-                f"knock_server_confirm_timeout: expected {_SHORTEST_TRIAL} to {_LONGEST_TRIAL} seconds; got {given!r}."
-            )
-        return seconds
-
     def _timeout(self) -> float:
         """Seconds that the proof goes on knocking: well inside the trial, so that the way back isn't raced."""
         return min(10.0, self._seconds() / 3)
@@ -333,74 +306,22 @@ class ActionModule(ActionBase):
                 "another address than the connection, so the gate was not closed. Make the jump host's address one of "
                 "knock_server_trusted_sources, or run the play on the jump host."
             )
-        if _is_ssh(self._connection) and self._connection.ansible_name != _CONNECTION:
+        if is_ssh(self._connection) and self._connection.ansible_name != _CONNECTION:
             raise PortknockError(
                 f"The gate would close port {destination.port}/tcp to this very connection, which does not knock: set "
                 f"`ansible_connection: {_CONNECTION}` for this host in the inventory, or `connection:` in the play."
             )
 
-    def _phase(self, phase: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+    def _arguments(self) -> dict[str, Any]:
         """One call of the module on the host, with its arguments on standard input only."""
         if constants.DEFAULT_KEEP_REMOTE_FILES:
             raise PortknockError(
                 "ANSIBLE_KEEP_REMOTE_FILES: expected to be off for knock_gate, whose arguments hold secrets."
             )
-        if self._connection.has_pipelining:
-            self._connection.set_option("pipelining", True)
-        if not self._is_pipelining_enabled("new"):
+        if not self._is_pipelined():
             raise PortknockError(
                 "ansible_become_method, ansible_connection: expected ones that work with pipelining, such as sudo over ssh, "
                 "since the arguments of knock_gate hold secrets and would be put into a file on the host; got "
                 f"{self._connection.become.name if self._connection.become else 'none'} over {self._connection.transport}."
             )
-        arguments = {
-            "state": self._task.args.get("state", "applied"),
-            "backend": self._backend(),
-            "phase": phase,
-            "payload": _Opaque(json.dumps(payload)),
-        }
-        return self._execute_module(
-            module_name="fleet.portknock.knock_gate", module_args=arguments, task_vars=self._vars
-        )
-
-    def _confirm(self, payload: dict[str, Any]) -> dict[str, Any] | None:
-        """Confirm over a connection made for it; returns the failure, None when it worked."""
-        former = self._connection
-        fresh = knock_ssh_of(self, self._vars) if _is_ssh(former) else None
-        try:
-            if fresh is not None:
-                fresh.set_become_plugin(former.become)
-                fresh.fresh = True
-                self._connection = fresh
-            outcome = self._phase("confirm", payload)
-            problem = str(outcome["msg"]) if outcome.get("failed") else None
-        except AnsibleError as exc:
-            problem = f"no fresh connection could be made ({exc})."
-        finally:
-            if fresh is not None:
-                fresh.fresh = False
-            self._connection = former
-        return self._rolled_back(payload, f"Not confirmed: {problem}") if problem else None
-
-    def _rolled_back(self, payload: dict[str, Any], reason: str) -> dict[str, Any] | None:
-        """Bring the host back now if the old connection still serves; else its timer does.
-
-        :returns: the failure; None where the host says that it has the change confirmed: only the answer was lost.
-        """
-        try:
-            outcome = self._phase("rollback", payload).get("outcome")
-        except AnsibleError:
-            outcome = None
-        if outcome == "confirmed":
-            return None
-        how = (
-            "The host has gone back to what it had."
-            if outcome == "restored"
-            else f"The host goes back to what it had by itself, at most {payload['seconds']} s after the change."
-        )
-        return {"failed": True, "changed": False, "rolled_back": outcome == "restored", "msg": f"{reason} {how}"}
-
-    @staticmethod
-    def _shown(outcome: dict[str, Any]) -> dict[str, Any]:
-        internal = ("on_trial", "source_trusted", "ports_in_use", "listeners")
-        return {key: value for key, value in outcome.items() if key not in internal}
+        return {"state": self._task.args.get("state", "applied"), "backend": self._backend()}

@@ -15,6 +15,7 @@ import shutil
 from typing import Any, Mapping, NamedTuple, Optional
 
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import CONFIG_FOLDER, UNIT_FOLDER, Nftables
+from ansible_collections.fleet.portknock.plugins.module_utils._changes import Difference
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._masking import masked
 from ansible_collections.fleet.portknock.plugins.module_utils._system import (
@@ -64,14 +65,6 @@ class Found(NamedTuple):
     running: frozenset[str]
     listing: Optional[dict[str, Any]]
     version: Optional[str]
-
-
-class Difference(NamedTuple):
-    """One thing that is not as it is wanted; the texts are masked and may be shown."""
-
-    what: str
-    before: str
-    after: str
 
 
 class GateHost:
@@ -373,7 +366,6 @@ def _make_private_folder(path: str) -> None:
 __all__ = (
     "RUN_FOLDER",
     "WANTED_BY",
-    "Difference",
     "Found",
     "GateHost",
     "Wanted",

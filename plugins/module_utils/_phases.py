@@ -8,7 +8,13 @@ import ipaddress
 from typing import Any, Mapping, Optional, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import Nftables, back_end
-from ansible_collections.fleet.portknock.plugins.module_utils._host import Difference, Found, GateHost, Wanted
+from ansible_collections.fleet.portknock.plugins.module_utils._changes import (
+    Change,
+    Difference,
+    planned,
+    run_change,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._host import GateHost, Wanted
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
     Peer,
     ports_in_use,
@@ -18,7 +24,72 @@ from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
 
-PHASES = ("compare", "apply", "confirm", "rollback")
+
+class GateChange(Change):
+    """A gate that is to be there, or to be gone.
+
+    :param wanted: None where it is to be gone.
+    :param payload: as for :func:`run_phase`.
+    :param pid: a process of the ssh connection that this came through.
+    """
+
+    def __init__(
+        self, host: GateHost, enforcer: Nftables, wanted: Optional[Wanted], payload: Mapping[str, Any], pid: int
+    ) -> None:
+        self._host = host
+        self._enforcer = enforcer
+        self._wanted = wanted
+        self._payload = payload
+        self._run = str(payload["run"])
+        self._pid = pid
+
+    def preview(self) -> dict[str, Any]:
+        result = self.plan()
+        if self._wanted is not None and result["changed"]:
+            if self._found.version is None:
+                result["warnings"] = ["The rules were not validated: the back end is not installed on this host yet."]
+            else:
+                self._host.check(self._wanted)
+        return result
+
+    def plan(self) -> dict[str, Any]:
+        self._found = self._host.inspect()
+        if self._wanted is not None:
+            return planned(self._host.differences(self._wanted, self._found))
+        if self._host.exists(self._found):
+            return planned([Difference("the gate", "a gate with its table, files and unit\n", "")])
+        return planned([])
+
+    def settled(self) -> None:
+        if self._wanted is None:
+            self._host.forget()
+
+    def begin(self) -> dict[str, Any]:
+        seconds, peer = int(self._payload["seconds"]), ssh_peer(self._pid)
+        if self._wanted is not None:
+            self._host.apply(self._wanted, self._found, self._run, seconds)
+            # The proof begins with sources that have not knocked.
+            for source in self._payload["sources"]:
+                self._enforcer.close_window(Peer(source, None))
+            if peer is not None:
+                self._enforcer.close_window(peer)
+        else:
+            self._host.take_away(self._found, self._run, seconds)
+        return {
+            "source_trusted": is_trusted(peer.address if peer else None, self._payload.get("trusted", ())),
+            "ports_in_use": [str(knock) for knock in ports_in_use()],
+            "listeners": tcp_listeners(),
+        }
+
+    def confirm(self) -> None:
+        if self._wanted is not None:
+            self._host.confirm(self._wanted, self._run)
+        else:
+            self._host.confirm_away(self._run)
+            self._host.forget()
+
+    def outcome(self) -> Optional[str]:
+        return self._host.outcome(self._run, removal=self._wanted is None)
 
 
 def run_phase(
@@ -31,7 +102,7 @@ def run_phase(
     run: Runner = run_program,
     root: str = "",
 ) -> dict[str, Any]:
-    """Do one phase: see what would change, begin a trial, confirm it or go back.
+    """Do one phase of a gate's change; see :func:`run_change`.
 
     :param payload: ``run`` (id), ``seconds`` (of the trial), and for a wanted gate ``trusted`` (CIDRs), ``sources``
         (addresses that the proof will look from) and ``wanted`` (the fields of :class:`Wanted`).
@@ -41,73 +112,9 @@ def run_phase(
     """
     enforcer = back_end(backend, run)
     host = GateHost(enforcer, root, run)
-    identity = str(payload["run"])
-    if phase == "rollback":
-        host.trial.restore(identity)
-        return {"changed": False, "outcome": host.outcome(identity, removal=state == "absent")}
     wanted = Wanted(**payload["wanted"]) if state == "applied" else None
-    if phase == "confirm":
-        with host.trial.turn(identity):
-            if wanted is not None:
-                host.confirm(wanted, identity)
-            else:
-                host.confirm_away(identity)
-                host.forget()
-        return {"changed": True}
-
-    if check_mode:
-        found = host.inspect()
-        result = _plan(host, wanted, found)
-        if wanted is not None and result["changed"]:
-            if found.version is None:
-                result["warnings"] = ["The rules were not validated: the back end is not installed on this host yet."]
-            else:
-                host.check(wanted)
-        return result
-    # ssh repeats a command whose connection was cut: what the first one did is undone.
-    host.trial.restore(identity)
-    try:
-        with host.trial.turn(identity):
-            found = host.inspect()
-            result = _plan(host, wanted, found)
-            if not result["changed"]:
-                if wanted is None:
-                    host.forget()
-            elif phase == "apply":
-                result.update(_begin(host, enforcer, wanted, found, payload, pid))
-            return result
-    except BaseException:
-        # Whatever went wrong after the way back was armed, it need not wait for the timer.
-        host.trial.restore(identity)
-        raise
-
-
-def _begin(
-    host: GateHost,
-    enforcer: Nftables,
-    wanted: Optional[Wanted],
-    found: Found,
-    payload: Mapping[str, Any],
-    pid: int,
-) -> dict[str, Any]:
-    """Put the change on trial; returns what whoever proves it has to know."""
-    identity, seconds = str(payload["run"]), int(payload["seconds"])
-    peer = ssh_peer(pid)
-    if wanted is not None:
-        host.apply(wanted, found, identity, seconds)
-        # The proof begins with sources that have not knocked.
-        for source in payload["sources"]:
-            enforcer.close_window(Peer(source, None))
-        if peer is not None:
-            enforcer.close_window(peer)
-    else:
-        host.take_away(found, identity, seconds)
-    return {
-        "on_trial": True,
-        "source_trusted": is_trusted(peer.address if peer else None, payload.get("trusted", ())),
-        "ports_in_use": [str(knock) for knock in ports_in_use()],
-        "listeners": tcp_listeners(),
-    }
+    change = GateChange(host, enforcer, wanted, payload, pid)
+    return run_change(phase, change, host.trial, str(payload["run"]), check_mode)
 
 
 def is_trusted(address: Optional[str], trusted: Sequence[str]) -> bool:
@@ -121,21 +128,4 @@ def is_trusted(address: Optional[str], trusted: Sequence[str]) -> bool:
     )
 
 
-def _plan(host: GateHost, wanted: Optional[Wanted], found: Found) -> dict[str, Any]:
-    if wanted is not None:
-        differences = host.differences(wanted, found)
-    elif host.exists(found):
-        differences = [Difference("the gate", "a gate with its table, files and unit\n", "")]
-    else:
-        differences = []
-    return {
-        "changed": bool(differences),
-        "reasons": [difference.what for difference in differences],
-        "diff": [
-            {"before_header": item.what, "after_header": item.what, "before": item.before, "after": item.after}
-            for item in differences
-        ],
-    }
-
-
-__all__ = ("PHASES", "is_trusted", "run_phase")
+__all__ = ("GateChange", "is_trusted", "run_phase")

@@ -59,9 +59,18 @@ def global_ipv6_addresses(proc: str = "/proc") -> list[str]:
 
 
 def ssh_peer(pid: int, proc: str = "/proc") -> Optional[Peer]:
-    """Where the ssh connection came from, looked up in the environment of this process and its ancestors.
+    """Where the ssh connection came from that a process belongs to; see :func:`ssh_connection`."""
+    connection = ssh_connection(pid, proc)
+    if connection is None:
+        return None
+    address, _percent, interface = connection[0].partition("%")
+    return Peer(address, interface or None) if _is_address(address) else None
 
-    sudo drops SSH_CONNECTION, its parent still has it.
+
+def ssh_connection(pid: int, proc: str = "/proc") -> Optional[tuple[str, str, str]]:
+    """The client's address, the address that it connected to, and that port, of the ssh connection of a process.
+
+    Looked up in the environment of the process and its ancestors: sudo drops SSH_CONNECTION, its parent still has it.
     """
     while pid > 1:
         try:
@@ -73,9 +82,9 @@ def ssh_peer(pid: int, proc: str = "/proc") -> Optional[Peer]:
             return None
         for entry in environment:
             name, _equals, value = entry.partition(b"=")
-            if name == b"SSH_CONNECTION" and value:
-                address, _percent, interface = value.split()[0].decode("ascii", "replace").partition("%")
-                return Peer(address, interface or None) if _is_address(address) else None
+            words = value.decode("ascii", "replace").split()
+            if name == b"SSH_CONNECTION" and len(words) == 4:
+                return words[0], words[2], words[3]
     return None
 
 
@@ -114,4 +123,4 @@ def _rows(path: str, skip: int = 1) -> Iterator[list[str]]:
         return
 
 
-__all__ = ("Peer", "global_ipv6_addresses", "ports_in_use", "ssh_peer", "tcp_listeners")
+__all__ = ("Peer", "global_ipv6_addresses", "ports_in_use", "ssh_connection", "ssh_peer", "tcp_listeners")

@@ -146,8 +146,9 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS
+from ansible_collections.fleet.portknock.plugins.module_utils._changes import PHASES
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._phases import PHASES, run_phase
+from ansible_collections.fleet.portknock.plugins.module_utils._phases import run_phase
 from ansible_collections.fleet.portknock.plugins.module_utils._proof import QUESTIONS, answer
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ansible import constants
 from ansible.plugins.action import ActionBase
+from ansible.plugins.become import BecomeBase
 from ansible.plugins.connection import ConnectionBase
 from ansible.plugins.connection.ssh import Connection as CoreConnection
 from ansible.plugins.loader import connection_loader
@@ -27,6 +28,11 @@ _Action = TypeVar("_Action", bound=ActionBase)
 _WATCHFUL = "-o ControlMaster=no -o ControlPath=none -o ServerAliveInterval=5 -o ServerAliveCountMax=3 "
 
 
+def is_ssh(connection: Any) -> bool:
+    """Whether the connection goes to the host's ssh port: core's plugins, libssh, and whatever else is named for it."""
+    return "ssh" in connection.transport or connection.transport in ("paramiko", "smart")
+
+
 def knock_ssh_of(action: ActionBase, task_vars: dict[str, Any]) -> Connection:
     """The task's own connection where it knocks; else one with the host's options, which nothing has connected yet."""
     if isinstance(action._connection, Connection) and not action._task.delegate_to:
@@ -34,6 +40,28 @@ def knock_ssh_of(action: ActionBase, task_vars: dict[str, Any]) -> Connection:
     connection = connection_loader.get("fleet.portknock.knock_ssh", action._play_context, "/dev/null")
     # The host that is meant is the task's own, wherever the task is delegated to.
     _set_options(connection, action, task_vars, action._templar)
+    return connection
+
+
+def knock_ssh_as(
+    action: ActionBase, task_vars: dict[str, Any], user: str, become: BecomeBase | None, arguments: str = ""
+) -> Connection:
+    """A connection to the task's host as another user, which uses no password and nobody's master.
+
+    :param become: how that user becomes root; None where it is root.
+    :param arguments: for ssh, before all others.
+    """
+    context = action._play_context.copy()
+    context.password, context.remote_user = "", user
+    connection = connection_loader.get("fleet.portknock.knock_ssh", context, "/dev/null")
+    _set_options(connection, action, task_vars, action._templar)
+    connection.set_option("remote_user", user)
+    connection.set_option("password", None)
+    connection.set_option("ssh_args", f"{arguments} {connection.get_option('ssh_args') or ''}")
+    if connection.has_pipelining:
+        connection.set_option("pipelining", True)
+    connection.set_become_plugin(become)
+    connection.fresh = True
     return connection
 
 
@@ -106,4 +134,4 @@ def _set_options(connection: ConnectionBase, action: ActionBase, variables: dict
     )
 
 
-__all__ = ("action_on", "knock_ssh_of", "quiet")
+__all__ = ("action_on", "is_ssh", "knock_ssh_as", "knock_ssh_of", "quiet")

@@ -37,6 +37,9 @@ UNIT_PREFIX = "fleet-portknock-rollback-"
 LOCK_SECONDS = 15.0
 # How much later than its deadline a trial may still be there before it counts as abandoned.
 GRACE_SECONDS = 15.0
+_STOP_TRIES = 3
+# systemctl's exit code for a unit that isn't there.
+_NOT_LOADED = 5
 
 # {committed}, {load}, {files} and {finish} are shell commands; {folder} and {run} are quoted already.
 _SCRIPT = """\
@@ -123,7 +126,7 @@ class Trial:
                 if time.monotonic() >= deadline:
                     os.close(handle)
                     raise PortknockError(
-                        f"Another run is changing this host's gate: it has held {path} for more than {wait:.0f} s. "
+                        f"Another run is changing this host: it has held {path} for more than {wait:.0f} s. "
                         "Try again when it has ended."
                     ) from None
             os.close(handle)
@@ -253,7 +256,10 @@ class Trial:
     def _disarm(self, armed: tuple[Optional[str], Optional[str]]) -> None:
         timer, pid = armed
         if timer is not None:
-            self._run(["systemctl", "stop", f"{timer}.timer"], None)
+            # A timer that is left would find nothing to do; a person would wonder about it all the same.
+            for _attempt in range(_STOP_TRIES):
+                if self._run(["systemctl", "stop", f"{timer}.timer"], None).code in (0, _NOT_LOADED):
+                    break
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(int(pid), signal.SIGTERM)
@@ -277,7 +283,7 @@ class Trial:
                 "--quiet",
                 "--collect",
                 f"--unit={timer}",
-                "--description=Bring back the gate that was there before an unconfirmed change",
+                "--description=Bring back what was there before an unconfirmed change",
                 f"--on-active={seconds}",
                 "--timer-property=AccuracySec=100ms",
                 "/bin/sh",

@@ -131,10 +131,11 @@ def bring_back(reason: str) -> bool:
         loaded = is_loaded()
         if loaded is not False or not os.path.exists(GATE):
             return loaded is not None
-        run = _read("run")
-        if run is None:
+        run, kind = _read("run"), _read("kind")
+        # What sshd is told is another matter: its trial goes on.
+        if run is None or kind == "sshd":
             return _load(reason, began)
-    if _read("kind") == "absent":
+    if kind == "absent":
         return True  # a removal is on trial: gone is what the gate is meant to be
     # Any other change that is on trial goes back now; the way back takes the lock itself, and may be under way already.
     if held:

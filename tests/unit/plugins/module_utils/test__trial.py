@@ -215,7 +215,7 @@ def test_lock_held_by_another_run_is_a_clear_error(trial: Trial) -> None:
         with pytest.raises(PortknockError) as raised, trial.lock(wait=0.1):
             pass
     assert str(raised.value) == (
-        f"Another run is changing this host's gate: it has held {path} for more than 0 s. Try again when it has ended."
+        f"Another run is changing this host: it has held {path} for more than 0 s. Try again when it has ended."
     )
 
 

@@ -24,7 +24,7 @@ class Destination:
 
     ``host`` is the name or address after ssh's configuration, ``family`` any, inet or inet6. ``proxied`` is True where
     a ProxyJump or ProxyCommand stands between, so that this machine's packets would come from the wrong address.
-    ``source`` is ssh's BindAddress and ``control_path`` its ControlPath, or None.
+    ``source`` is ssh's BindAddress and ``control_path`` its ControlPath, or None. ``user`` logs in.
     """
 
     host: str
@@ -33,6 +33,7 @@ class Destination:
     proxied: bool = False
     source: str | None = None
     control_path: str | None = None
+    user: str = ""
 
 
 def ssh_arguments(option: Callable[[str], Any]) -> list[str]:
@@ -98,6 +99,7 @@ def read_configuration(text: str) -> Destination:
         proxied=given("proxyjump") is not None or given("proxycommand") is not None,
         source=given("bindaddress"),
         control_path=given("controlpath"),
+        user=settings.get("user", ""),
     )
 
 

@@ -19,7 +19,9 @@ from ansible_collections.fleet.portknock.plugins.module_utils._errors import Por
 
 HEADER = "# Written by fleet.portknock. Changes made by hand are found and undone by its next run.\n"
 _BEGIN, _END = "# fleet.portknock: begin", "# fleet.portknock: end"
-_BLOCK = re.compile(rf"^{_BEGIN}$.*?^{_END}$\n?", re.MULTILINE | re.DOTALL)
+# Says that the line break before it is ours, too.
+_BEGIN_AFTER_BREAK = f"{_BEGIN} (after a line break)"
+_BLOCK = re.compile(rf"(?:\n{re.escape(_BEGIN_AFTER_BREAK)}|^{_BEGIN})$.*?^{_END}$\n?", re.MULTILINE | re.DOTALL)
 _KEYWORD = re.compile(r"[A-Za-z][A-Za-z0-9]*")
 _LINE = re.compile(r"^\s*(?P<keyword>[A-Za-z][A-Za-z0-9]*)(?:\s*=\s*|\s+)(?P<value>\S.*?)\s*$")
 # How sshd takes several values: one line each, or after commas; after blanks otherwise (sshd_config(5)).
@@ -340,8 +342,10 @@ def with_blocks(main: str, directives: Sequence[Directive], matches: Sequence[Ma
     """
     rest = without_blocks(main)
     first = f"{_BEGIN}\n{HEADER}{as_text(directives)}{_END}\n"
-    last = f"{_BEGIN}\n{as_text((), matches).lstrip()}{_END}\n" if matches else ""
-    return first + rest + ("\n" if last and rest and not rest.endswith("\n") else "") + last
+    if not matches:
+        return first + rest
+    begin = f"\n{_BEGIN_AFTER_BREAK}" if rest and not rest.endswith("\n") else _BEGIN
+    return f"{first}{rest}{begin}\n{as_text((), matches).lstrip()}{_END}\n"
 
 
 def without_blocks(main: str) -> str:

@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 from lab import Fleet, Run, differences, wait_until
-from ways_in import PLAY, enter, enter_by_password, harden, inventory, is_covered
+from ways_in import DROP_IN, PLAY, effective, enter, enter_by_password, harden, inventory, is_covered
 
 HOST = "web-1"
 SECONDS = 10
@@ -131,3 +131,19 @@ def test_a_restart_while_on_trial_brings_back_what_was_there(fleet: Fleet) -> No
     fleet.kill_play_when(playbook, partial(is_covered, fleet, HOST), variables)
     fleet.restart(HOST)
     fleet.wait_for_boot()
+
+
+def test_a_confirmation_that_died_half_way_is_finished(fleet: Fleet) -> None:
+    """Its file is written, so that is what a reboot brings: the timer goes the same way."""
+    playbook = fleet.write("harden.yml", PLAY)
+    variables = {**SLOW, "sshd_hardening_confirm_timeout": SECONDS}
+    fleet.kill_play_when(playbook, partial(is_covered, fleet, HOST), variables)
+    try:
+        fleet.execute(HOST, f"cp /run/fleet-portknock/trial/wanted {DROP_IN}")
+        wait_until(lambda: not is_covered(fleet, HOST), SECONDS + 15, "the trial has ended")
+        assert effective(fleet, HOST, "forcecommand") == "sleep 60"
+        assert enter(fleet, HOST, "root").returncode == 255
+        assert not fleet.succeeds(HOST, "test -e /run/fleet-portknock/trial")
+    finally:
+        fleet.execute(HOST, f"rm -f {DROP_IN}; systemctl reload ssh")
+        wait_until(lambda: enter(fleet, HOST, "root").returncode == 0, 10, "root gets in again")

@@ -192,7 +192,7 @@ def test_an_sshd_that_reads_no_drop_ins(fleet: Fleet) -> None:
     try:
         run = harden(fleet, hosts="web-1", variables=variables)
         assert run.status == 0, run.output
-        assert "x11forwarding is set otherwise for some connections" in " ".join(run.output.split())
+        assert "X11Forwarding is set otherwise for some connections" in " ".join(run.output.split())
         assert methods(fleet, "web-1") == {"publickey"}
         assert methods(fleet, "web-1", "guest") == {"publickey", "password"}
         assert effective(fleet, "web-1", "permitrootlogin") == "no"

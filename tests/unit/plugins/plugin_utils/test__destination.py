@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import getpass
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def where(tmp_path: Path, *arguments: str) -> Destination:
 @needs_ssh
 def test_an_alias(tmp_path: Path) -> None:
     assert where(tmp_path, "shop") == Destination(
-        "192.0.2.10", 2222, "inet", False, "192.0.2.99", "/tmp/192.0.2.10-2222"
+        "192.0.2.10", 2222, "inet", False, "192.0.2.99", "/tmp/192.0.2.10-2222", getpass.getuser()
     )
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, fleet.portknock contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The ways into a host, tried from outside by a real ssh client, and the plays that close them."""
+"""For the scenario hardening: the ways into a host, tried by a real ssh client, and the plays that close them."""
 
 from __future__ import annotations
 
@@ -47,9 +47,8 @@ def harden(
     **environment: str,
 ) -> Run:
     playbook = fleet.write("harden.yml", PLAY)
-    return fleet.play(
-        *(playbook, "--limit", hosts, *arguments), inventory=inventory(fleet, user), variables=variables, **environment
-    )
+    options = ("--limit", hosts, *arguments)
+    return fleet.play(playbook, *options, inventory=inventory(fleet, user), variables=variables, **environment)
 
 
 def soften(fleet: Fleet, hosts: str = "all") -> Run:

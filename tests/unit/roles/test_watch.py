@@ -111,7 +111,7 @@ def test_a_gate_that_was_never_confirmed_is_none_of_its_business(
     assert programs.ran == []
 
 
-@pytest.mark.parametrize(("kind", "ran"), [("applied", ["restore-aa.sh"]), ("absent", [])])
+@pytest.mark.parametrize(("kind", "ran"), [("applied", ["restore-aa.sh"]), ("absent", []), ("sshd", ["load.sh"])])
 def test_what_is_on_trial_decides(
     watch: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, ran: list[str]
 ) -> None:

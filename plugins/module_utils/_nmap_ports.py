@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The ports that nmap's list of services names: a scanner tries these first, so no sequence uses them.
 
-Only the numbers are here, for tcp and udp together, from 1024 up. To bring them up to date, install a newer nmap and
-run ``python3 scripts/nmap_ports.py``.
+Only the numbers are here, for tcp and udp together, from 1024 up. They are at the same time the list of version 1 of
+``_derivation``, which may never change, and a test fails when they do. To bring them up to date, give ``_derivation`` a copy
+of these first; then install a newer nmap and run ``python3 scripts/nmap_ports.py``.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from math import factorial
-from random import Random, SystemRandom
-from typing import AbstractSet, Sequence
+from random import SystemRandom
+from typing import AbstractSet, Protocol, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, PROTOCOLS, Knock
@@ -32,19 +32,28 @@ _DRAWS_PER_KNOCK = 400
 _TRIPWIRE_LABEL = b"fleet.portknock tripwires version 1\0"
 
 
-def check_length(length: object) -> int:
+class RandomSource(Protocol):
+    """What sequences are drawn from: ``random.Random`` is one."""
+
+    def randrange(self, stop: int, /) -> int:
+        """A whole number from 0 to ``stop - 1``, each equally likely."""
+
+
+def check_length(length: object, option: str = _LENGTH_OPTION) -> int:
     """Return a sequence's length.
 
+    :param option: names it in the error.
     :raises PortknockError: not a whole number from 3 to 16.
     """
     if isinstance(length, bool) or not isinstance(length, int) or not SHORTEST <= length <= LONGEST:
-        raise PortknockError(f"{_LENGTH_OPTION}: expected a whole number from {SHORTEST} to {LONGEST}; got {length!r}.")
+        raise PortknockError(f"{option}: expected a whole number from {SHORTEST} to {LONGEST}; got {length!r}.")
     return length
 
 
-def check_protocols(protocols: object) -> tuple[str, ...]:
+def check_protocols(protocols: object, option: str = _PROTOCOLS_OPTION) -> tuple[str, ...]:
     """Return the protocols that a generated sequence may use.
 
+    :param option: names them in the error.
     :raises PortknockError: not a list of tcp, udp or both, each once.
     """
     if (
@@ -54,22 +63,25 @@ def check_protocols(protocols: object) -> tuple[str, ...]:
         and len(set(protocols)) == len(protocols)
     ):
         return tuple(str(proto) for proto in protocols)
-    raise PortknockError(f"{_PROTOCOLS_OPTION}: expected a list of tcp, udp or both, each once; got {protocols!r}.")
+    raise PortknockError(f"{option}: expected a list of tcp, udp or both, each once; got {protocols!r}.")
 
 
 def generate(
     length: int,
     protocols: Sequence[str],
     excluded: AbstractSet[int],
-    random: Random | None = None,
+    random: RandomSource | None = None,
 ) -> tuple[Knock, ...]:
     """Draw a sequence: every one that keeps the rules is equally likely.
+
+    What a given source leads to is frozen: version 1 of ``_derivation`` draws by this very code. Whatever would change it
+    needs a copy of the present rules there first; golden sequences in the tests of ``_derivation`` notice.
 
     The rules: ports from 1024 to 65535 that are not excluded, any two at least 2 apart, neither ascending nor
     descending as a whole. With two protocols each knock's is drawn, and both occur.
 
     :param excluded: port numbers, whatever the protocol.
-    :param random: the source of randomness; the operating system's unless a test gives another.
+    :param random: the source of randomness; the operating system's unless another is given.
     :raises PortknockError: a bad length or protocol, or fewer usable ports than the sequence needs.
     """
     check_length(length)
@@ -88,7 +100,7 @@ def generate(
     return tuple(Knock(port, choices[bits >> index & 1]) for index, port in enumerate(ordered))
 
 
-def _draw_ports(length: int, excluded: AbstractSet[int], random: Random) -> list[int] | None:
+def _draw_ports(length: int, excluded: AbstractSet[int], random: RandomSource) -> list[int] | None:
     """Draw a set of ports by rejection, or give up: None.
 
     A set that breaks the neighbour rule is thrown away as a whole; replacing only its last port would make some
@@ -109,7 +121,7 @@ def _draw_ports(length: int, excluded: AbstractSet[int], random: Random) -> list
     return None
 
 
-def _draw_ports_exactly(length: int, excluded: AbstractSet[int], random: Random) -> list[int]:
+def _draw_ports_exactly(length: int, excluded: AbstractSet[int], random: RandomSource) -> list[int]:
     """Draw a set of ports by counting all of them: for pools so small that rejection would not end.
 
     :raises PortknockError: there is no such set.
@@ -155,7 +167,7 @@ def _most_apart(pool: Sequence[int]) -> int:
     return taken
 
 
-def _disorder(ports: list[int], random: Random) -> list[int]:
+def _disorder(ports: list[int], random: RandomSource) -> list[int]:
     """Order ascending ports in any way but the ascending and the descending one, each equally likely."""
     # The first and the last permutation in lexicographic order are those two.
     rank = 1 + random.randrange(factorial(len(ports)) - 2)
@@ -270,6 +282,7 @@ __all__ = (
     "SEED_BYTES",
     "SHORTEST",
     "TRACEROUTE_PORTS",
+    "RandomSource",
     "check",
     "check_length",
     "check_protocols",

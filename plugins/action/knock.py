@@ -94,14 +94,14 @@ class ActionModule(ActionBase):
             if not sequence:
                 raise PortknockError("knocks: expected at least one knock; got an empty list.")
             return [sequence]
-        secrets = ssh.host_secrets()
-        if secrets is None:
+        known = ssh.host_sequences(arguments["operator"])
+        if known is None:
             raise PortknockError(
                 f"knocks: expected a sequence, as the keyring holds none for {ssh.get_option('inventory_hostname')}; "
-                "got nothing. Run the role knock_server on the host, or name the keyring's folder by knock_keyring_dir."
+                "got nothing. Run the role knock_server on the host, name the keyring's folder by knock_keyring_dir, or set "
+                "knock_sequences."
             )
-        operator = arguments["operator"] or ssh.get_option("knock_operator")
-        return [knocks for _operator, knocks in secrets.candidates(operator)]
+        return known.sequences
 
     @staticmethod
     def _look(addresses: list[Address], timeout: float, source: str | None) -> KnockResult:

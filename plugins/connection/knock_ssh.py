@@ -12,7 +12,8 @@ short_description: Knock, then connect by ssh
 description:
   - This is P(ansible.builtin.ssh#connection) with one knock before each real connection, and none where a living
     ControlPersist master carries the command.
-  - The sequences come from the keyring on the controller. A host that has no entry there is reached by plain ssh.
+  - The sequences come from the keyring on the controller, or from O(knock_sequences) on one that can't keep files. A host
+    that has neither is reached by plain ssh.
   - Where the knock does not open the port, ssh is run all the same, so that the error is its own.
 version_added: 0.1.0
 extends_documentation_fragment:
@@ -51,6 +52,16 @@ options:
     ini:
       - section: portknock
         key: operator
+  knock_sequences:
+    description:
+      - The host's sequence, a list of C(port/protocol), or a list of such lists in the order in which they are tried, until
+        one opens. Where it is set, the keyring is not looked at, and O(knock_operator) says nothing.
+      - During a rotation, name the new sequence and the former one.
+      - Meant for what P(fleet.portknock.knock_sequence#filter) derives. The type is C(raw) so that no error repeats a port.
+      - For a delegated task the expression is evaluated anew, with the name of the other host as C(inventory_hostname).
+    type: raw
+    vars:
+      - name: knock_sequences
   knock_timeout:
     description:
       - The most seconds that knocking goes on before ssh is run all the same.
@@ -83,21 +94,32 @@ from ansible.module_utils.common.text.converters import to_bytes, to_text
 from ansible.plugins.connection.ssh import Connection as CoreConnection
 from ansible.utils.display import Display
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     Address,
     knock_with_any,
     resolve,
     send,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock, parse_sequences
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination, locate, ssh_arguments
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import open_keyring
 
 display = Display()
 
 _CONTROL_PATH = re.compile(r'(?:-o)?controlpath[ =]+"?(?P<path>.*?)"?', re.IGNORECASE)
+_SEQUENCES_OPTION = "knock_sequences"
 _FRESH = (b"-o", b"ControlMaster=no", b"-o", b"ControlPath=none")
+
+
+class HostSequences(NamedTuple):
+    """What may open a host, likeliest first.
+
+    ``identity`` tells these from the sequences of another time, as far as that can be said without what is in them.
+    """
+
+    host: str
+    sequences: list[tuple[Knock, ...]]
+    identity: tuple[object, ...]
 
 
 class _Gate(NamedTuple):
@@ -121,6 +143,7 @@ class Connection(CoreConnection):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._located: dict[tuple[str, ...], Destination] = {}
+        self._templating: tuple[dict[str, Any], Any] | None = None
 
     def destination(self) -> Destination:
         """Where ssh would really go.
@@ -129,19 +152,67 @@ class Connection(CoreConnection):
         """
         return self._locate()
 
-    def host_secrets(self) -> HostSecrets | None:
-        """What the keyring holds for this host; None where it holds nothing.
+    def set_options(
+        self,
+        task_keys: dict[str, Any] | None = None,
+        var_options: dict[str, Any] | None = None,
+        direct: dict[str, Any] | None = None,
+    ) -> None:
+        super().set_options(task_keys=task_keys, var_options=var_options, direct=direct)
+        delegate = self.get_option("knock_delegate")
+        if delegate and self.get_option(_SEQUENCES_OPTION) is not None:
+            # Core gives the other host's variables, but with this host's name: whatever is derived from it would be this
+            # host's sequence, sent to another one.
+            self.set_option(_SEQUENCES_OPTION, self._sequences_of(delegate))
 
-        :raises PortknockError: the keyring or the host's entry can't be read.
+    def _resolve_option_variables(self, variables: dict[str, Any], templar: Any) -> dict[str, Any]:
+        self._templating = variables, templar
+        resolved: dict[str, Any] = super()._resolve_option_variables(variables, templar)
+        return resolved
+
+    def _sequences_of(self, host: str) -> Any:
+        """The option's value for another host than the task's own, whose variables are here."""
+        if self._templating is None:
+            return None
+        variables, templar = self._templating
+        former = templar.available_variables
+        templar.available_variables = {**variables, "inventory_hostname": host}
+        try:
+            return templar.template(variables[_SEQUENCES_OPTION])
+        finally:
+            templar.available_variables = former
+
+    def given_sequences(self) -> list[tuple[Knock, ...]] | None:
+        """The sequences that the option gives instead of the keyring; None where it is not set.
+
+        :raises PortknockError: it holds anything else; no value is in the text.
+        """
+        value = self.get_option(_SEQUENCES_OPTION)
+        return None if value is None else parse_sequences(value, _SEQUENCES_OPTION)
+
+    def host_sequences(self, operator: str | None = None) -> HostSequences | None:
+        """What the option gives for this host, or else what the keyring holds; None where there is nothing.
+
+        :param operator: of the keyring's, only this one's; None for what the option knock_operator says.
+        :raises PortknockError: the option, the keyring or the host's entry can't be read.
         """
         # A delegated task's variables still carry the name of the host that it is for.
         name = self.get_option("knock_delegate") or self.get_option("inventory_hostname")
+        given = self.given_sequences()
+        if given is not None:
+            return HostSequences(name, given, (_SEQUENCES_OPTION, len(given)))
         try:
             keyring = open_keyring(self.get_option)
         except PortknockError:
             # No folder is named, so this user has no keyring: there is nothing to knock with.
             return None
-        return keyring.load(name) if name else None
+        secrets = keyring.load(name) if name else None
+        if secrets is None:
+            return None
+        candidates = secrets.candidates(operator or self.get_option("knock_operator"))
+        return HostSequences(
+            secrets.host, [knocks for _operator, knocks in candidates], (secrets.keyring_id, secrets.generation)
+        )
 
     def _locate(self, *more: str) -> Destination:
         executable, host = self.get_option("ssh_executable"), self.get_option("host") or self._play_context.remote_addr
@@ -218,34 +289,27 @@ class Connection(CoreConnection):
     def _gate(self) -> _Gate | None:
         """What to knock at, or None where plain ssh is what serves."""
         try:
-            secrets = self.host_secrets()
-            candidates = secrets.candidates(self.get_option("knock_operator")) if secrets else []
+            known = self.host_sequences()
         except PortknockError as exc:
             raise AnsibleError(str(exc)) from None
-        if secrets is None or not candidates:
+        if known is None or not known.sequences:
             return None
         try:
             destination = self.destination()
             if destination.proxied:
                 display.warning(
-                    f"{secrets.host} is reached through a ProxyJump or ProxyCommand: a knock from here would come from "
+                    f"{known.host} is reached through a ProxyJump or ProxyCommand: a knock from here would come from "
                     "the wrong address, so none is sent."
                 )
                 return None
             addresses = resolve(destination.host, destination.port, destination.family)
         except PortknockError as exc:
-            display.v(f"No knock: {exc}", host=secrets.host)
+            display.v(f"No knock: {exc}", host=known.host)
             return None
-        identity = json.dumps(
-            [secrets.keyring_id, secrets.host, secrets.generation, destination.host, destination.port]
-        )
+        identity = json.dumps([*known.identity, known.host, destination.host, destination.port])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:20]
-        return _Gate(
-            destination,
-            addresses,
-            [knocks for _unused_operator, knocks in candidates],
-            os.path.join(constants.DEFAULT_LOCAL_TMP, f"portknock-{digest}"),
-        )
+        memory = os.path.join(constants.DEFAULT_LOCAL_TMP, f"portknock-{digest}")
+        return _Gate(destination, addresses, known.sequences, memory)
 
     def _knock(self, gate: _Gate) -> bool:
         """Knock and look until the port opens; False where it did not."""

@@ -59,4 +59,26 @@ def parse_knocks(values: object, option: str, secret: bool = False) -> tuple[Kno
     return knocks
 
 
-__all__ = ("HIGHEST_PORT", "PROTOCOLS", "Knock", "parse_knock", "parse_knocks")
+def parse_sequences(value: object, option: str) -> list[tuple[Knock, ...]]:
+    """Read one sequence, a list of ``port/proto``, or a list of them in the order in which a client tries them.
+
+    A sequence that comes again is left out.
+
+    :raises PortknockError: neither, nothing at all, or a sequence without a knock; no value is in the text.
+    """
+    if not isinstance(value, (list, tuple)) or not value:
+        came = "an empty list" if isinstance(value, (list, tuple)) else "another type"
+        raise PortknockError(
+            f"{option}: expected a sequence, which is a list of port/protocol, or a list of sequences; got {came}."
+        )
+    given = list(value) if isinstance(value[0], (list, tuple)) else [value]
+    sequences: dict[tuple[Knock, ...], None] = {}
+    for knocks in given:
+        sequence = parse_knocks(knocks, option, secret=True)
+        if not sequence:
+            raise PortknockError(f"{option}: expected at least one knock in each sequence; got an empty list.")
+        sequences[sequence] = None
+    return list(sequences)
+
+
+__all__ = ("HIGHEST_PORT", "PROTOCOLS", "Knock", "parse_knock", "parse_knocks", "parse_sequences")

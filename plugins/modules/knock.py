@@ -12,7 +12,8 @@ description:
   - Sends a host's sequence from the controller and polls the protected port until it opens, first back to back, then
     with growing gaps, because packets overtake each other on real paths.
   - Runs in the controller's process, without privileges, and needs no connection to the host. Never delegate it.
-  - The sequence comes from the keyring unless O(knocks) gives it.
+  - The sequence comes from the keyring, or from O(fleet.portknock.knock_ssh#connection:knock_sequences) where that is set,
+    unless O(knocks) gives it.
 author:
   - fleet.portknock contributors (@fleet-portknock)
 extends_documentation_fragment:
@@ -47,7 +48,7 @@ options:
     choices: [any, inet, inet6]
   operator:
     description:
-      - The operator whose sequence is sent.
+      - The operator whose sequence of the keyring is sent.
       - Where it is not set, as O(fleet.portknock.knock_ssh#connection:knock_operator) says; without that, each
         operator's sequence is tried until one opens.
     type: str

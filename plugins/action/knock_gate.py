@@ -21,6 +21,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     read_host_state,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._phases import is_trusted
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._proof import answer, packed_addresses
 from ansible_collections.fleet.portknock.plugins.plugin_utils._confirmed import ConfirmedAction
 from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import action_on, is_ssh, knock_ssh_of, quiet
@@ -93,8 +94,9 @@ class ActionModule(ConfirmedAction):
             "trusted": [*settings.trusted4, *settings.trusted6],
             "wanted": gate_texts(templates, self._backend(), settings, operators, entry, found),
         }
-        destination = knock_ssh_of(self, self._vars).destination()
-        self._check_way_in(settings, destination, found)
+        ssh = knock_ssh_of(self, self._vars)
+        destination = ssh.destination()
+        self._check_way_in(settings, destination, found, ssh.given_sequences(), entry.wanted(operators))
         gate = {
             "protected": [
                 *(f"{port}/tcp" for port in settings.protected_tcp),
@@ -295,8 +297,19 @@ class ActionModule(ConfirmedAction):
             missing = ", ".join(backend["missing_programs"])
             raise PortknockError(f"knock_server_backend: {backend['name']} needs {missing}; it is not installed.")
 
-    def _check_way_in(self, settings: GateSettings, destination: Destination, found: dict[str, Any]) -> None:
-        """Stop where Ansible itself could not get in any more."""
+    def _check_way_in(
+        self,
+        settings: GateSettings,
+        destination: Destination,
+        found: dict[str, Any],
+        given: Sequence[tuple[Knock, ...]] | None,
+        wanted: Mapping[str, Sequence[tuple[Knock, ...]]],
+    ) -> None:
+        """Stop where Ansible itself could not get in any more.
+
+        :param given: what the connection knocks with instead of the keyring; None where it uses that.
+        :param wanted: what the gate is to honour, by operator.
+        """
         is_closed = destination.port in settings.protected_tcp
         if not is_closed or is_trusted(found["ssh_source"], (*settings.trusted4, *settings.trusted6)):
             return
@@ -310,6 +323,19 @@ class ActionModule(ConfirmedAction):
             raise PortknockError(
                 f"The gate would close port {destination.port}/tcp to this very connection, which does not knock: set "
                 f"`ansible_connection: {_CONNECTION}` for this host in the inventory, or `connection:` in the play."
+            )
+        honoured = [knocks for sequences in wanted.values() for knocks in sequences]
+        # A check has made up the sequences that are missing.
+        if (
+            given is not None
+            and not self._task.check_mode
+            and not set(given) & set(honoured)
+            and is_ssh(self._connection)
+        ):
+            raise PortknockError(
+                "knock_sequences: expected a sequence that the gate is to honour, since the connection knocks with nothing "
+                "else; got others only. Give it what knock_server_sequences gives the gate, during a rotation beside the former "
+                "sequence, or leave it unset."
             )
 
     def _arguments(self) -> dict[str, Any]:

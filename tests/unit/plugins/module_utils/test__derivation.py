@@ -19,6 +19,10 @@ from ansible_collections.fleet.portknock.plugins.module_utils._sequences import 
 SECRET = "0f1e2d3c4b5a69788796a5b4c3d2e1f00112233445566778899aabbccddeeff0"
 PASSPHRASE = "a passphrase öf thirty-one bytes"
 BOTH = ("tcp", "udp")
+FEW = [
+    *(2194, 8884, 12042, 14839, 14840, 14841, 17784, 20936, 24011, 27117, 30222, 33371),
+    *(36250, 39191, 42106, 44964, 47810, 50884, 53773, 56602, 59428, 62231, 64977),
+]
 USABLE = sorted(set(range(1024, 65536)) - excluded_ports())
 
 
@@ -74,6 +78,16 @@ def derive(*arguments: Any, secret: object = SECRET, **options: Any) -> str:
         ),
         # Two ports that come up in the first one's drawing are protected.
         (("web1",), {"protected": {53824, 46735}}, "46691/tcp 61361/tcp 63111/tcp 21113/tcp"),
+        # Two ports are as near as may be.
+        (("web877",), {}, "45919/tcp 55259/tcp 51285/tcp 51287/tcp"),
+        # The drawing came upon neighbours, and began again.
+        (("web1578",), {}, "5466/tcp 15164/tcp 45705/tcp 29962/tcp"),
+        # So few ports are left that they are counted out.
+        (
+            ("web1",),
+            {"length": 5, "protected": set(range(1024, 65536)).difference(FEW)},
+            "20936/tcp 33371/tcp 14839/tcp 2194/tcp 53773/tcp",
+        ),
     ],
 )
 def test_sequences_are_frozen_as_version_1(arguments: Any, options: Any, expected: str) -> None:

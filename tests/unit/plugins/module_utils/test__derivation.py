@@ -14,6 +14,7 @@ import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils import _derivation
 from ansible_collections.fleet.portknock.plugins.module_utils._derivation import derive_sequence, excluded_ports
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._nmap_ports import nmap_ports
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import check
 
 SECRET = "0f1e2d3c4b5a69788796a5b4c3d2e1f00112233445566778899aabbccddeeff0"
@@ -103,6 +104,11 @@ def test_the_ports_that_version_1_leaves_out_are_frozen() -> None:
         "The list of nmap's ports changed, and with it the ports of derived sequences of version 1: "
         "give _derivation a copy of the former list."
     )
+
+
+def test_the_role_refuses_no_port_that_version_1_may_hold() -> None:
+    """Given sequences are held to nmap's list at every run of the role, derived ones among them."""
+    assert nmap_ports() <= excluded_ports()
 
 
 def test_every_input_counts() -> None:

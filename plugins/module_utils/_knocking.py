@@ -195,13 +195,32 @@ def knock_with_any(
     source: str | None = None,
     banner: float = 0.0,
 ) -> KnockResult:
+    """Knock as :func:`knock_and_connect` does, to see whether the port opens; the connection is closed.
+
+    :param banner: the seconds to wait for the first line of what opened; not part of the timeout and of ``elapsed``.
+    """
+    result, sock = knock_and_connect(addresses, sequences, port, timeout, gaps, source)
+    if sock is None:
+        return result
+    with sock:
+        return result._replace(banner=_read_banner(sock, time.monotonic() + banner))
+
+
+def knock_and_connect(
+    addresses: Sequence[Address],
+    sequences: Sequence[Sequence[Knock]],
+    port: int,
+    timeout: float,
+    gaps: Sequence[float] = GAPS,
+    source: str | None = None,
+) -> tuple[KnockResult, socket.socket | None]:
     """Knock with each sequence in turn until the TCP port opens, first back to back, then with growing gaps.
 
     The knock comes first: a closed port is never waited for. Between two rounds the port is polled, and the polling
-    ends with the first connect that succeeds, so that a service is troubled with one empty connection. The next address
+    ends with the first connect that succeeds, so that a service is troubled with one connection. The next address
     is tried where one does not open. Ends early where no address can be reached.
 
-    :param banner: the seconds to wait for the first line of what opened; not part of the timeout and of ``elapsed``.
+    :return: how it went, and the connection that the port opened for (non-blocking; the caller closes it), or None.
     """
     begun = time.monotonic()
     deadline = begun + timeout
@@ -215,7 +234,7 @@ def knock_with_any(
             for index, knocks in enumerate(sequences):
                 for address in addresses:
                     if attempts and time.monotonic() >= deadline:
-                        return _result(begun, attempts, last, seen)
+                        return _result(begun, attempts, last, seen), None
                     last = _Try(address, index, gap)
                     attempts += 1
                     try:
@@ -224,12 +243,12 @@ def knock_with_any(
                         seen = Probe("unreachable", _error_name(exc.errno))
                         continue
                     opened, seen, sock = _poll(connects, last, port, min(deadline, time.monotonic() + patience))
-                    if opened is not None:
-                        result = _result(begun, attempts, opened, seen)
-                        return result._replace(banner=_with_banner(seen, sock, banner).banner)
+                    if opened is not None and sock is not None:
+                        connects.hand_over(sock)
+                        return _result(begun, attempts, opened, seen), sock
                     reachable = reachable or seen.state != "unreachable"
             if not reachable:
-                return _result(begun, attempts, last, seen)
+                return _result(begun, attempts, last, seen), None
     raise AssertionError("the rounds end by returning")
 
 
@@ -321,6 +340,10 @@ class _Connects:
         self._finished.sort(key=lambda entry: entry[1].state != "open")
         return self._finished.pop(0)
 
+    def hand_over(self, sock: socket.socket) -> None:
+        """Leave an open connection to the caller."""
+        self._sockets.remove(sock)
+
     def close(self) -> None:
         """Give up what is still under way; no further packet is sent for it."""
         for sock in self._sockets:
@@ -401,6 +424,7 @@ __all__ = (
     "Address",
     "KnockResult",
     "Probe",
+    "knock_and_connect",
     "knock_until_open",
     "knock_with_any",
     "probe",

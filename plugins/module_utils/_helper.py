@@ -1,0 +1,136 @@
+# Copyright (c) 2026, fleet.portknock contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The helper for people's own ssh: what ``portknock connect`` does as a ProxyCommand.
+
+Knocks with the sequences of a file, and relays standard input and output through the connection that opened. Writes
+nothing else to standard output; an error is one line on standard error. No secret is an argument or part of an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import socket
+import sys
+import time
+from typing import NoReturn, Sequence
+
+from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._helper_secrets import read_secrets
+from ansible_collections.fleet.portknock.plugins.module_utils._knocking import KnockResult, knock_and_connect, resolve
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT
+from ansible_collections.fleet.portknock.plugins.module_utils._relay import relay
+
+# Leaves some of the ten seconds that Ansible gives ssh by default, and that many people set as ConnectTimeout, for the
+# exchange of banners, which ssh counts too.
+DEFAULT_TIMEOUT = 8.0
+_LONGEST_TIMEOUT = 3600.0
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"portknock: {message}. Run: portknock connect --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the helper; return its exit status."""
+    begun = time.monotonic()
+    options = _parser().parse_args(arguments)
+    try:
+        sock = _connect(options, begun)
+        with sock:
+            # As ssh does with a connection of its own.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            failure = relay(sock)
+        if failure is not None:
+            raise PortknockError(f"The connection to {options.host} broke: {failure.strerror or 'no reason is known'}.")
+    except PortknockError as exc:
+        print(f"portknock: {exc}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="portknock", description="Knock, then connect.", allow_abbrev=False)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    connect = commands.add_parser(
+        "connect",
+        help="knock, and relay standard input and output to what opens",
+        description="Knock, and relay standard input and output to what opens. For ssh: "
+        "ProxyCommand portknock connect --secrets FILE %%h %%p",
+        allow_abbrev=False,
+    )
+    connect.add_argument("host", metavar="HOST", help="a name in FILE, or the host's name or address: ssh's %%h")
+    connect.add_argument("port", metavar="PORT", type=_port, help="the protected port: ssh's %%p")
+    connect.add_argument("--secrets", metavar="FILE", required=True, help="your file of secrets, mode 0600")
+    connect.add_argument("--name", metavar="NAME", help="the host's name in FILE, where HOST is another one")
+    family = connect.add_mutually_exclusive_group()
+    family.add_argument("-4", dest="family", action="store_const", const="inet", help="IPv4 only")
+    family.add_argument("-6", dest="family", action="store_const", const="inet6", help="IPv6 only")
+    connect.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=DEFAULT_TIMEOUT,
+        help="give up after this time; a little less than ssh's ConnectTimeout (default: %(default)g)",
+    )
+    connect.set_defaults(family="any")
+    return parser
+
+
+def _port(value: str) -> int:
+    if value.isdecimal() and 1 <= int(value[:6]) <= HIGHEST_PORT:
+        return int(value)
+    raise argparse.ArgumentTypeError(f"expected a port from 1 to {HIGHEST_PORT}; got {value!r}")
+
+
+def _seconds(value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _LONGEST_TIMEOUT:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of seconds above 0 and up to {_LONGEST_TIMEOUT:g}; got {value!r}"
+        )
+    return seconds
+
+
+def _connect(options: argparse.Namespace, begun: float) -> socket.socket:
+    """Knock until the port opens; return the connection that it opened for.
+
+    :param begun: when the timeout began (monotonic clock).
+    :raises PortknockError: it did not open.
+    """
+    secrets = read_secrets(options.secrets)
+    name, access = secrets.find(options.host, options.port, options.name)
+    # A name of the file is no more than that: where it leads is in the file.
+    host = access.hostname if options.host.lower() == name.lower() else options.host
+    addresses = resolve(host, options.port, options.family)
+    left = max(0.0, begun + options.timeout - time.monotonic())
+    result, sock = knock_and_connect(addresses, access.sequences, options.port, left)
+    if sock is None:
+        raise PortknockError(_explain(result, options, name, secrets.operator))
+    return sock
+
+
+def _explain(result: KnockResult, options: argparse.Namespace, name: str, operator: str) -> str:
+    where = name if result.address is None else f"{name} ({result.address.host})"
+    if result.state == "unreachable":
+        code = getattr(errno, result.error, None)
+        reason = os.strerror(code) if code else "no address leads there"
+        return (
+            f"There is no way to {where}: {reason}. Check the network and the address, and whether -4 or -6 is right."
+        )
+    return (
+        f"The knock did not open port {options.port} of {where}: {result.state} after {result.elapsed:.1f} s and "
+        f"{result.attempts} tries. If others get in, ask for new secrets for the operator {operator} and see that nothing "
+        "on the way holds the knocks back."
+    )
+
+
+__all__ = ("DEFAULT_TIMEOUT", "main")

@@ -23,6 +23,6 @@ need_sshd() {
 
 need python3 python3 ip iproute2 ssh openssh-client setsid util-linux ps procps
 if [ "${1:-demo}" = test ]; then
-    need git git nft nftables nmap nmap ncat ncat tcpdump tcpdump conntrack conntrack shellcheck shellcheck
+    need git git rsync rsync nft nftables nmap nmap ncat ncat tcpdump tcpdump conntrack conntrack shellcheck shellcheck
     need_sshd
 fi

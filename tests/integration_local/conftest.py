@@ -171,7 +171,9 @@ def _tool(name: str) -> str:
 
 
 def _missing() -> list[str]:
-    needed = [name for name in ("ip", "nft", "ssh", "sftp", "scp", "ssh-keygen") if shutil.which(name) is None]
+    needed = [
+        name for name in ("ip", "nft", "ssh", "sftp", "scp", "ssh-keygen", "git", "rsync") if shutil.which(name) is None
+    ]
     return needed + [name for name in ("/usr/sbin/sshd",) if not os.access(name, os.X_OK)]
 
 

@@ -9,6 +9,7 @@ nothing else to standard output; an error is one line on standard error. No secr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import socket
@@ -42,9 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sock = _connect(options, begun)
         with sock:
-            # As ssh does with a connection of its own.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            # As ssh does with a connection of its own. macOS refuses where the far side has gone already.
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             failure = relay(sock)
         if failure is not None:
             raise PortknockError(f"The connection to {options.host} broke: {failure.strerror or 'no reason is known'}.")
@@ -61,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "connect",
         help="knock, and relay standard input and output to what opens",
         description="Knock, and relay standard input and output to what opens. For ssh: "
-        "ProxyCommand portknock connect --secrets FILE %%h %%p",
+        "ProxyCommand portknock connect --secrets FILE %h %p",
         allow_abbrev=False,
     )
     connect.add_argument("host", metavar="HOST", help="a name in FILE, or the host's name or address: ssh's %%h")

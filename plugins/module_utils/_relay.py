@@ -40,14 +40,14 @@ def relay(sock: socket.socket, source: int = 0, sink: int = 1) -> OSError | None
                 if not data:
                     break
                 write(data)
-        except OSError as exc:
-            failure = exc
-        with contextlib.suppress(OSError):
             end()
+        except OSError as exc:
+            # Without an end: whoever waits for one might end this process before it has told what happened.
+            failure = exc
         ended.put((way, failure))
 
     ways: tuple[tuple[str, Callable[[], bytes], Callable[[bytes], None], Callable[[], None]], ...] = (
-        ("out", lambda: os.read(source, _CHUNK), sock.sendall, lambda: sock.shutdown(socket.SHUT_WR)),
+        ("out", lambda: _read(source), sock.sendall, lambda: _shut(sock)),
         ("in", lambda: sock.recv(_CHUNK), lambda data: _write(sink, data), lambda: _end(sink)),
     )
     for way in ways:
@@ -63,10 +63,24 @@ def relay(sock: socket.socket, source: int = 0, sink: int = 1) -> OSError | None
     return next((exc for exc in failures.values() if exc is not None and not isinstance(exc, BrokenPipeError)), None)
 
 
+def _read(source: int) -> bytes:
+    """What there is to be sent; nothing where it has ended or can't be read any more."""
+    try:
+        return os.read(source, _CHUNK)
+    except OSError:
+        return b""
+
+
 def _write(sink: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(sink, rest) :]
+
+
+def _shut(sock: socket.socket) -> None:
+    """Tell the far side that nothing more comes, if it is still there."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
 
 
 def _end(sink: int) -> None:

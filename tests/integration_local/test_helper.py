@@ -65,6 +65,7 @@ class Desk:
     def run(self, *command: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         # Neither the interpreter that the tests run in nor what it finds is a person's.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        environment["HOME"] = str(self.folder)
         environment["GIT_SSH_COMMAND"] = f"ssh -F {self.config}"
         environment["GIT_CONFIG_GLOBAL"] = os.devnull
         return subprocess.run(
@@ -101,7 +102,7 @@ def test_ssh(desk: Desk, host: str, closed: str) -> None:
 
 
 def test_the_names_of_the_file(desk: Desk) -> None:
-    desk.configure(f"{desk.program} connect %h %p --secrets {desk.secrets}")
+    desk.configure(f"~/{desk.program.name} connect %h %p --secrets ~/{desk.secrets.name}")
     for name in ("web1", "WEB1", acc.SERVER4):
         assert desk.ssh(name, "echo arrived").stdout == b"arrived\n"
     assert desk.lab.knocks == 3
@@ -384,13 +385,18 @@ def test_its_own_modules_come_first(desk: Desk) -> None:
     assert desk.ssh(acc.SERVER4, "echo arrived").stdout == b"arrived\n"
 
 
-def test_ansible_without_our_connection(desk: Desk) -> None:
-    lab = desk.lab
-    lab.variables["ansible_connection"] = "ssh"
-    lab.variables["ansible_ssh_common_args"] = (
+def without_our_connection(desk: Desk) -> Lab:
+    """Ansible's own ssh, with one line more."""
+    desk.lab.variables["ansible_connection"] = "ssh"
+    desk.lab.variables["ansible_ssh_common_args"] = (
         f'-o ProxyCommand="{desk.program} connect --secrets {desk.secrets} --name {{{{ inventory_hostname }}}} %h %p"'
     )
-    lab.inventory()
+    desk.lab.inventory()
+    return desk.lab
+
+
+def test_ansible_without_our_connection(desk: Desk) -> None:
+    lab = without_our_connection(desk)
     outcome = lab.play(
         "- hosts: web1\n  tasks:\n"
         "    - raw: 'true'\n      loop: '{{ range(12) | list }}'\n"
@@ -401,4 +407,25 @@ def test_ansible_without_our_connection(desk: Desk) -> None:
     assert (lab.folder / "copied").read_text() == "some"
     assert outcome.ssh_calls > 12
     assert (lab.knocks, lab.count("connections")) == (1, 1)
+    assert not acc.SECRETS.search(outcome.output)
+
+
+@pytest.mark.parametrize(("option", "connections"), [("none", 2), (None, 1)])
+def test_beside_our_connection(desk: Desk, option: str | None, connections: int) -> None:
+    """An administrator's own ssh_config has the helper: either knocks, and never both."""
+    arguments = [f"--ssh-common-args=-o ProxyCommand={option}"] if option else []
+    outcome = desk.lab.adhoc("-m", "raw", "-a", "true", *arguments, ANSIBLE_SSH_ARGS=f"-F {desk.config}")
+    assert outcome.code == 0, outcome.output
+    assert (desk.lab.knocks, desk.lab.count("connections")) == (1, connections)
+
+
+@pytest.mark.parametrize("persist", [True, False])
+def test_ansible_with_secrets_that_are_out_of_date(desk: Desk, persist: bool) -> None:
+    desk.keep(acc.operator(acc.STALE))
+    lab = without_our_connection(desk)
+    # ssh hides what a ProxyCommand says while it makes a ControlPersist master, unless it runs with -v.
+    control = {} if persist else {"ANSIBLE_SSH_ARGS": "-F none -o ControlMaster=no -o UserKnownHostsFile=/dev/null"}
+    outcome = lab.adhoc("-m", "raw", "-a", "true", *(["-e", "ansible_ssh_verbosity=1"] if persist else []), **control)
+    assert "web1 | UNREACHABLE!" in outcome.output
+    assert f"portknock: The knock did not open port 22 of web1 ({acc.SERVER4}): reset after " in outcome.output
     assert not acc.SECRETS.search(outcome.output)

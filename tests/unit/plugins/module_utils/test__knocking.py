@@ -15,6 +15,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._errors import Por
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     Address,
     Probe,
+    knock_and_connect,
     knock_until_open,
     knock_with_any,
     probe,
@@ -161,6 +162,24 @@ def test_stops_at_the_first_success() -> None:
     with fake_gate(socket.AF_INET, ["tcp", "tcp"]) as gate:
         knock_until_open([gate.address], gate.knocks, gate.port, 10)
     assert gate.accepted <= 1
+
+
+def test_the_connection_that_opened_is_handed_over() -> None:
+    with fake_gate(socket.AF_INET, ["tcp", "udp"]) as gate:
+        result, sock = knock_and_connect([gate.address], [gate.knocks], gate.port, 10)
+        assert sock is not None
+        with sock:
+            assert (result.state, sock.getpeername()) == ("open", gate.address.sockaddr)
+            sock.settimeout(10)
+            # It is not only open on this side: the service has it, and ends it.
+            assert sock.recv(1) == b""
+    assert gate.accepted == 1
+
+
+def test_there_is_no_connection_where_it_does_not_open() -> None:
+    with closed_port() as address:
+        result, sock = knock_and_connect([address], [[Knock(9, "udp")]], address.port, 0.1)
+    assert (result.state, sock) == ("reset", None)
 
 
 def test_knocks_before_it_looks() -> None:

@@ -31,6 +31,13 @@ def relay(sock: socket.socket, source: int = 0, sink: int = 1) -> OSError | None
         os.set_blocking(descriptor, True)
     sock.settimeout(None)
     ended: SimpleQueue[tuple[str, OSError | None]] = SimpleQueue()
+    said_all = threading.Event()
+
+    def shut() -> None:
+        # Noted first: the far side may answer before this thread goes on.
+        said_all.set()
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
 
     def carry(way: str, read: Callable[[], bytes], write: Callable[[bytes], None], end: Callable[[], None]) -> None:
         failure = None
@@ -47,7 +54,7 @@ def relay(sock: socket.socket, source: int = 0, sink: int = 1) -> OSError | None
         ended.put((way, failure))
 
     ways: tuple[tuple[str, Callable[[], bytes], Callable[[bytes], None], Callable[[], None]], ...] = (
-        ("out", lambda: _read(source), sock.sendall, lambda: _shut(sock)),
+        ("out", lambda: _read(source), sock.sendall, shut),
         ("in", lambda: sock.recv(_CHUNK), lambda data: _write(sink, data), lambda: _end(sink)),
     )
     for way in ways:
@@ -57,7 +64,7 @@ def relay(sock: socket.socket, source: int = 0, sink: int = 1) -> OSError | None
     while len(failures) < len(ways) and failures.get("in") is None:
         way_ended, failure = ended.get()
         failures[way_ended] = failure
-    if "out" in failures and failures["out"] is None:
+    if said_all.is_set():
         return None
     # A broken pipe is the sink's, or a far side's that had ended before.
     return next((exc for exc in failures.values() if exc is not None and not isinstance(exc, BrokenPipeError)), None)
@@ -75,12 +82,6 @@ def _write(sink: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(sink, rest) :]
-
-
-def _shut(sock: socket.socket) -> None:
-    """Tell the far side that nothing more comes, if it is still there."""
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_WR)
 
 
 def _end(sink: int) -> None:

@@ -424,8 +424,11 @@ def test_ansible_with_secrets_that_are_out_of_date(desk: Desk, persist: bool) ->
     desk.keep(acc.operator(acc.STALE))
     lab = without_our_connection(desk)
     # ssh hides what a ProxyCommand says while it makes a ControlPersist master, unless it runs with -v.
-    control = {} if persist else {"ANSIBLE_SSH_ARGS": "-F none -o ControlMaster=no -o UserKnownHostsFile=/dev/null"}
-    outcome = lab.adhoc("-m", "raw", "-a", "true", *(["-e", "ansible_ssh_verbosity=1"] if persist else []), **control)
+    control = "ControlMaster=auto -o ControlPersist=30s" if persist else "ControlMaster=no"
+    outcome = lab.adhoc(
+        *("-m", "raw", "-a", "true", "-e", f"ansible_ssh_verbosity={int(persist)}"),
+        ANSIBLE_SSH_ARGS=f"-F none -o UserKnownHostsFile=/dev/null -o {control}",
+    )
     assert "web1 | UNREACHABLE!" in outcome.output
     assert f"portknock: The knock did not open port 22 of web1 ({acc.SERVER4}): reset after " in outcome.output
     assert not acc.SECRETS.search(outcome.output)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import threading
@@ -37,6 +38,10 @@ class Ends:
     def start(self) -> None:
         self.thread.start()
 
+    def goes_on(self) -> bool:
+        self.thread.join(0.2)
+        return self.thread.is_alive()
+
     def finish(self) -> OSError | None:
         self.thread.join(_SECONDS)
         assert not self.thread.is_alive()
@@ -62,8 +67,12 @@ def ends() -> Iterator[Ends]:
 
 
 def all_of(descriptor: int) -> bytes:
-    with open(os.dup(descriptor), "rb") as file:
-        return file.read()
+    received = []
+    while True:
+        assert select.select([descriptor], [], [], _SECONDS)[0]
+        received.append(os.read(descriptor, 65536))
+        if not received[-1]:
+            return b"".join(received)
 
 
 def all_from(sock: socket.socket) -> bytes:
@@ -76,6 +85,7 @@ def test_an_end_from_here_leaves_the_other_way_open(ends: Ends) -> None:
     os.write(ends.writer, b"question")
     os.close(ends.writer)
     assert all_from(ends.far) == b"question"
+    assert ends.goes_on()
     ends.far.sendall(b"answer")
     ends.far.close()
     assert all_of(ends.reader) == b"answer"
@@ -87,6 +97,7 @@ def test_an_end_from_there_leaves_the_other_way_open(ends: Ends) -> None:
     ends.far.sendall(b"answer")
     ends.far.shutdown(socket.SHUT_WR)
     assert all_of(ends.reader) == b"answer"
+    assert ends.goes_on()
     os.write(ends.writer, b"question")
     os.close(ends.writer)
     assert all_from(ends.far) == b"question"
@@ -119,6 +130,17 @@ def test_what_nobody_takes_yet_waits(ends: Ends) -> None:
     assert all_from(ends.far) == _MUCH
     reading.join(_SECONDS)
     assert received == [_MUCH]
+    assert ends.finish() is None
+
+
+def test_a_sink_that_takes_less_at_a_time(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
+    ends.start()
+    os.close(ends.writer)
+    ends.far.sendall(b"a longer answer")
+    ends.far.close()
+    assert all_of(ends.reader) == b"a longer answer"
     assert ends.finish() is None
 
 

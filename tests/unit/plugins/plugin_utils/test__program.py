@@ -61,6 +61,11 @@ def test_the_same_modules_make_the_same_file(tmp_path: Path) -> None:
         [sys.executable, "-I", "-S", _program.__file__], cwd=tmp_path, umask=0o077, capture_output=True, check=True
     )
     assert made.stdout == helper_program()
+    with zipfile.ZipFile(io.BytesIO(made.stdout)) as archive:
+        # What a zip file takes from the machine and the moment unless told otherwise.
+        assert {(entry.date_time, entry.external_attr >> 16, entry.create_system) for entry in archive.infolist()} == {
+            ((1980, 1, 1, 0, 0, 0), 0o100644, 3)
+        }
 
 
 def test_it_runs_by_itself(tmp_path: Path) -> None:

@@ -112,7 +112,9 @@ class TestSeenFromOutside:
 
 @pytest.mark.usefixtures("hardened")
 def test_nothing_to_change_is_one_round_trip(fleet: Fleet) -> None:
-    run = harden(fleet, "-vvv", ANSIBLE_SSH_ARGS="-o ControlMaster=no")
+    # A bare no of YAML's is false.
+    variables = {"sshd_hardening_permit_root_login": False}
+    run = harden(fleet, "-vvv", variables=variables, ANSIBLE_SSH_ARGS="-o ControlMaster=no")
     assert run.status == 0, run.output
     assert {host: numbers["changed"] for host, numbers in run.recap.items()} == dict.fromkeys(HOSTS, 0)
     assert run.output.count("SSH: EXEC ssh") == len(HOSTS)

@@ -247,6 +247,12 @@ class Planted(Fault):
         self.name = f"{'foreign' if foreign else 'wrong'} sequence planted"
         self._foreign = foreign
 
+    def fits(self, kind: str, step: Step, host: Host) -> bool:
+        # Before a first run reads the keyring, nothing says that what is planted is wrong: the host gets it, and the backup
+        # would be the wrong one then.
+        is_what_is_read = not self._foreign and kind == "first" and step.phase == "look"
+        return super().fits(kind, step, host) and not is_what_is_read
+
     def strike(self, attempt: Attempt) -> None:
         keyring, host = attempt.keyring, attempt.host.name
         attempt.kept = keyring.backup(host)

@@ -7,13 +7,15 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from typing import Callable, NamedTuple, Optional, Sequence
+from typing import IO, Callable, Generator, Iterator, NamedTuple, Optional, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 
 # Daemons and sbin tools are not on every user's PATH, and PATH is not always inherited.
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROGRAM_TIMEOUT = 60
+# What a line can take of the memory; a longer one comes in pieces.
+_LINE_BYTES = 65536
 
 
 class Completed(NamedTuple):
@@ -25,6 +27,7 @@ class Completed(NamedTuple):
 
 
 Runner = Callable[[Sequence[str], Optional[str]], Completed]
+Streamer = Callable[[Sequence[str]], Generator[bytes, None, None]]
 
 
 def run(argv: Sequence[str], stdin: Optional[str] = None, timeout: float = PROGRAM_TIMEOUT) -> Completed:
@@ -48,6 +51,37 @@ def run(argv: Sequence[str], stdin: Optional[str] = None, timeout: float = PROGR
     except subprocess.TimeoutExpired:
         return Completed(124, "", "")
     return Completed(done.returncode, done.stdout, done.stderr)
+
+
+def stream(argv: Sequence[str]) -> Generator[bytes, None, None]:
+    """Run a program and give its output line by line, as it comes; whoever stops early ends the program.
+
+    :raises PortknockError: it is missing, or its exit code isn't 0.
+    """
+    try:
+        process = subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=dict(os.environ, LC_ALL="C", PATH=SEARCH_PATH),
+        )
+    except FileNotFoundError:
+        raise PortknockError(f"{argv[0]}: expected this program to be installed.") from None
+    with process:
+        try:
+            if process.stdout is not None:
+                yield from lines(process.stdout)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        raise PortknockError(f"{argv[0]}: expected it to succeed; got exit code {process.returncode}.")
+
+
+def lines(source: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a stream, with their line ends; those of more than 64 KiB in pieces."""
+    return iter(lambda: source.readline(_LINE_BYTES), b"")
 
 
 def read_text(path: str) -> Optional[str]:
@@ -122,9 +156,12 @@ __all__ = (
     "SEARCH_PATH",
     "Completed",
     "Runner",
+    "Streamer",
+    "lines",
     "read_text",
     "remove_file",
     "run",
+    "stream",
     "sync_folder",
     "temporary_path",
     "write_text",

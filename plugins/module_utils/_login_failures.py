@@ -13,7 +13,7 @@ import ipaddress
 import math
 import re
 from collections import Counter, OrderedDict
-from typing import Any, Match, NamedTuple, Optional, Sequence
+from typing import Any, Match, NamedTuple, Optional, Pattern, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._sshd_log import (
@@ -46,49 +46,50 @@ _EACH = ("password", "keyboard_interactive")
 
 _ADDRESS = r"(?P<source>[0-9A-Fa-f:.]+(?:%[\w.@-]+)?|UNKNOWN)"
 _FROM = rf"{_ADDRESS} port (?P<port>\d+)"
-_AGAIN = r"[0-9A-Fa-f:.]+(?:%[\w.@-]+)? port \d+"
 _PREAUTH = r"(?: \[preauth\])?"
+_WHO = r"(?:(?:authenticating|(?P<invalid>invalid)) user (?P<user>.*) )?"
 _REPEATED = re.compile(r"message repeated (\d+) times: \[ ?(.*)\]")
-_KEY_INFORMATION = re.compile(rf" from {_AGAIN} ssh2")
-# By kind; a message is what the first that fits it entirely says. Greedy names end where the message's own end begins.
-_MESSAGES = tuple(
-    (kind, re.compile(pattern, re.DOTALL))
-    for kind, pattern in (
-        ("named", rf"(?P<invalid>Invalid user )(?P<user>.*) from {_FROM}"),
-        ("failed", rf"Failed (?P<method>[\w/-]+) for (?P<invalid>invalid user )?(?P<user>.*) from {_FROM} ssh2"),
-        # What follows is a key, and its owner may have written a part of that, too.
-        ("failed", r"Failed (?P<method>[\w/-]+) for (?P<invalid>invalid user )?(?P<rest>.* ssh2: .*)"),
-        ("ended", rf"(?:Connection (?:closed|reset) by|Disconnected from) {_FROM}{_PREAUTH}"),
-        (
-            "ended",
-            r"(?:Connection (?:closed|reset) by|Disconnected from) (?:authenticating|(?P<invalid>invalid)) user "
-            rf"(?P<user>.*) {_FROM}{_PREAUTH}",
-        ),
-        # An account that exists has no such name as could be taken for the address.
-        ("ended", rf"Disconnecting authenticating user (?P<user>.*?) {_FROM}: .*"),
-        ("ended", r"Disconnecting invalid user .*"),
-        ("ended", rf"(?:Disconnecting|(?:fatal: )?ssh_dispatch_run_fatal: Connection from) {_FROM}: .*"),
-        ("ended", r"(?:fatal: )?ssh_dispatch_run_fatal: Connection from (?:authenticating|invalid) user .*"),
-        (
-            "too_many_attempts",
-            r"(?:error: )?maximum authentication attempts exceeded for (?P<invalid>invalid user )?(?P<user>.*) "
-            rf"from {_FROM} ssh2{_PREAUTH}",
-        ),
-        ("asked", r"(?:error: )?PAM: [^:]+? for (?P<invalid>illegal user )?(?P<user>.*) from (?P<rhost>\S+)"),
-        ("not_allowed", r"User (?P<user>.*?) (?:from (?P<rhost>\S+) )?not allowed because .*"),
-        ("no_account", rf"fatal: Access denied for user (?P<user>.*) by PAM account configuration{_PREAUTH}"),
-        ("root_refused", rf"ROOT LOGIN REFUSED FROM {_FROM}{_PREAUTH}"),
-        ("accepted", rf"Accepted [\w/-]+ for (?P<user>.*) from {_FROM} ssh2(?:: .*)?"),
-        ("timeout", rf"fatal: Timeout before authentication for {_FROM}"),
-        ("timeout", rf"Timeout before authentication for connection from {_ADDRESS} to \S+, pid = (?P<pid>\d+)"),
-        ("negotiation", rf"Unable to negotiate with {_FROM}: .*"),
-        ("banner", rf"banner exchange: Connection from {_FROM}: .*"),
-        ("banner", rf"Bad protocol version identification .* from {_FROM}"),
-        ("ended", rf"Did not receive identification string from {_FROM}"),
-        ("dropped", rf"(?:error: )?drop connection #\d+ from \[{_ADDRESS}\]:(?P<port>\d+) on .*"),
-        ("dropped", rf"refused connect from \S+ \({_ADDRESS}\)"),
-    )
-)
+_BEFORE_KEY = re.compile(rf" from {_FROM} ssh2")
+# By first word, so that most lines are passed over at once. A message is what the first that fits it entirely says; greedy
+# names end where the message's own end begins.
+_MESSAGES: dict[str, list[tuple[str, Pattern[str]]]] = {}
+for _kind, _text in (
+    ("named", rf"Invalid (?P<invalid>user) (?P<user>.*) from {_FROM}"),
+    (
+        "failed",
+        r"Failed (?P<method>password|keyboard-interactive/\w+|none|gssapi-[\w-]+) for (?P<invalid>invalid user )?"
+        rf"(?P<user>.*) from {_FROM} ssh2",
+    ),
+    # Of keys a description follows. Their owner may have written a part of it, and chosen where sshd cuts it off.
+    ("failed", r"Failed (?P<method>[\w/-]+) for (?P<invalid>invalid user )?(?P<rest>.*)"),
+    ("ended", rf"Connection (?:closed|reset) by {_WHO}{_FROM}{_PREAUTH}"),
+    ("ended", rf"Disconnected from {_WHO}{_FROM}{_PREAUTH}"),
+    # An account that exists has no such name as could be taken for the address.
+    ("ended", rf"Disconnecting (?:authenticating user (?P<user>.*?) )?{_FROM}: .*"),
+    ("ended", r"Disconnecting invalid user .*"),
+    ("ended", rf"ssh_dispatch_run_fatal: Connection from {_FROM}: .*"),
+    ("ended", r"ssh_dispatch_run_fatal: Connection from (?:authenticating|invalid) user .*"),
+    (
+        "too_many_attempts",
+        r"maximum authentication attempts exceeded for (?P<invalid>invalid user )?(?P<user>.*) "
+        rf"from {_FROM} ssh2{_PREAUTH}",
+    ),
+    ("asked", r"PAM: [^:]+? for (?P<invalid>illegal user )?(?P<user>.*) from (?P<rhost>\S+)"),
+    ("not_allowed", r"User (?P<user>.*?) (?:from (?P<rhost>\S+) )?not allowed because .*"),
+    ("no_account", rf"Access denied for user (?P<user>.*) by PAM account configuration{_PREAUTH}"),
+    ("root_refused", rf"ROOT LOGIN REFUSED FROM {_FROM}{_PREAUTH}"),
+    ("accepted", rf"Accepted [\w/-]+ for (?P<user>.*?) from {_FROM} ssh2(?:: .*)?"),
+    ("timeout", rf"Timeout before authentication for {_FROM}"),
+    ("timeout", rf"Timeout before authentication for connection from {_ADDRESS} to \S+, pid = (?P<pid>\d+)"),
+    ("negotiation", rf"Unable to negotiate with {_FROM}: .*"),
+    ("banner", rf"banner exchange: Connection from {_FROM}: .*"),
+    ("banner", rf"Bad protocol version identification .* from {_FROM}"),
+    ("ended", rf"Did not receive identification string from {_FROM}"),
+    ("dropped", rf"drop connection #\d+ from \[{_ADDRESS}\]:(?P<port>\d+) on .*"),
+    ("dropped", rf"refused connect from \S+ \({_ADDRESS}\)"),
+):
+    _MESSAGES.setdefault(_text.partition(" ")[0], []).append((_kind, re.compile(_text, re.DOTALL)))
+_SEVERITIES = ("error: ", "fatal: ")
 # These are the first that sshd writes of a connection.
 _FIRST = ("named", "not_allowed")
 _LAST = ("ended", "accepted", "no_account", "timeout", "negotiation", "banner")
@@ -117,7 +118,9 @@ def parse(message: str) -> Optional[Event]:
         times, message = int(repeated[1]), repeated[2]
     if len(message) >= _LONGEST_MESSAGE:
         return None
-    for kind, pattern in _MESSAGES:
+    if message.startswith(_SEVERITIES):
+        message = message.partition(" ")[2]
+    for kind, pattern in _MESSAGES.get(message.partition(" ")[0], ()):
         match = pattern.fullmatch(message)
         if match:
             return _event(kind, times, match)
@@ -144,10 +147,10 @@ def _event(kind: str, times: int, match: Match[str]) -> Event:
 
 def _of_a_key(rest: str) -> dict[str, Optional[str]]:
     """User and source before a key's description, where only one place can be meant."""
-    if len(_KEY_INFORMATION.findall(rest)) != 1:
+    places = list(_BEFORE_KEY.finditer(rest))
+    if len(places) != 1:
         return {}
-    match = re.match(rf"(?P<user>.*) from {_FROM} ssh2: ", rest, re.DOTALL)
-    return match.groupdict() if match else {}
+    return {**places[0].groupdict(), "user": rest[: places[0].start()]}
 
 
 def _address(text: Optional[str]) -> Optional[str]:
@@ -162,7 +165,9 @@ def _address(text: Optional[str]) -> Optional[str]:
 
 def _shown(name: str) -> str:
     """The name as sshd wrote it, without what a terminal would obey; sshd has escaped that already."""
-    safe = "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in name)
+    safe = name
+    if not name.isprintable():
+        safe = "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in name)
     return safe if len(safe) <= _LONGEST_NAME else safe[:_LONGEST_NAME] + "..."
 
 

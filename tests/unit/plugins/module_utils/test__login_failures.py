@@ -113,7 +113,8 @@ EXPECTED: Mapping[str, Rows] = {
     "max-startups": {},
     "hosts-deny": {},
     "penalties": {ROOT: {"password": 1}, (ATTACKER6, "root", False): {"password": 1}},
-    # Certificates whose names hold addresses, at VERBOSE, and with a user's name that does so, too.
+    # Certificates whose names hold addresses, with a user's name that does so, too; the first where sshd cuts the message off.
+    "cut-certificates": {ROOT: {"publickey": 1}, (ATTACKER, "y from 192.0.2.67 port 23 ssh2", True): {"gave_up": 1}},
     "certificates": {ROOT: {"publickey": 2}, (ATTACKER, "y from 192.0.2.67 port 23 ssh2", True): {"gave_up": 2}},
 }
 WITHOUT_LOGIN: Mapping[str, Mapping[str, Mapping[str, int]]] = {

@@ -61,7 +61,7 @@ for _kind, _text in (
         rf"(?P<user>.*) from {_FROM} ssh2",
     ),
     # Of keys a description follows. Their owner may have written a part of it, and chosen where sshd cuts it off.
-    ("failed", r"Failed (?P<method>[\w/-]+) for (?P<invalid>invalid user )?(?P<rest>.*)"),
+    ("failed", r"Failed (?P<method>publickey|hostbased) for (?P<invalid>invalid user )?(?P<rest>.*)"),
     ("ended", rf"Connection (?:closed|reset) by {_WHO}{_FROM}{_PREAUTH}"),
     ("ended", rf"Disconnected from {_WHO}{_FROM}{_PREAUTH}"),
     # An account that exists has no such name as could be taken for the address.
@@ -207,7 +207,8 @@ class _Connection:
             self.invalid = event.invalid
         if event.kind == "failed" and event.method in _EACH:
             self.tries[event.method] += event.times
-        elif event.kind == "failed" and event.method != "none":
+        elif event.kind == "failed":
+            # Every client begins with the method "none", which is no reason.
             self.reasons.add("gssapi" if str(event.method).startswith("gssapi") else str(event.method))
         elif event.kind == "asked":
             self.asked += event.times
@@ -321,8 +322,6 @@ class Tally:
                 return
             connection = self._connections[process] = _Connection(line.time)
         self._connections.move_to_end(process)
-        if connection.settled:
-            return
         connection.learn(line.time, event)
         if event.kind in _LAST:
             self._settle(connection, event.kind)
@@ -438,11 +437,16 @@ def login_failures(
 
 def _read(log_files: Optional[Sequence[str]], journal: Journal, begin: float, end: float) -> tuple[Source, Tally]:
     """Read what reaches back far enough, the journal first, and the files where that has nothing to say."""
+    for path in log_files or ():
+        if not path.startswith("/"):
+            raise PortknockError(f"log_files: expected absolute paths; got '{path}'.")
     files = LogFiles(DEFAULT_FILES if log_files is None else log_files, begin - _MARGIN)
     sources: list[Source] = [files] if files.is_there else []
     if log_files is not None:
         if not sources:
-            raise PortknockError(f"log_files: expected at least one file that exists; got {', '.join(log_files)}.")
+            raise PortknockError(
+                f"log_files: expected at least one file that exists; got {', '.join(log_files) or 'none'}."
+            )
     elif journal.begins is not None:
         reaches_further = files.begins is not None and journal.begins > max(begin, files.begins)
         sources.insert(len(sources) if reaches_further else 0, journal)

@@ -49,8 +49,8 @@ options:
     elements: str
 notes:
   - User names are shown as sshd wrote them, at most the first 100 characters, and somebody may have typed a password there.
-  - With C(LogLevel) V(QUIET), V(FATAL) or V(ERROR) sshd doesn't write what is counted here. With V(VERBOSE) and above the counts
-    are the same as with V(INFO), and the reasons more exact.
+  - With C(LogLevel) V(QUIET), V(FATAL) or V(ERROR) sshd leaves out most of what is counted here. With V(VERBOSE) and above the
+    counts are the same as with V(INFO), and the reasons more exact.
   - A connection that sshd ends after C(LoginGraceTime) leaves nothing in the log of Debian 11 and 12, unless it named an unknown
     user or was refused a password before.
 seealso:

@@ -266,6 +266,9 @@ def no_journal() -> Journal:
         "Disconnected from user root 203.0.113.7 port 4711",
         "Connection closed by user authenticating 203.0.113.7 port 4711",
         "Accepted key ED25519 SHA256:x found at /root/.ssh/authorized_keys:1",
+        "Invalid user x from 192.0.2.66 port 22 from",
+        "Failed password for invalid user x from 192.0.2.66 port 22 ssh2 from 203.0.113.7 port",
+        "Connection closed by invalid user x 192.0.2.66 port 22 [preauth] 203",
         "Connection from 203.0.113.7 port 4711 on 198.51.100.10 port 22",
         "",
     ],
@@ -493,3 +496,7 @@ def test_nothing_to_read_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         login_failures("1h", "0", None, 10_000, no_journal())
     with pytest.raises(PortknockError, match=r"log_files: expected at least one file.*got .*/missing"):
         login_failures("1h", "0", [str(tmp_path / "missing")], 10_000, journal_of([]))
+    with pytest.raises(PortknockError, match=r"log_files: expected at least one file.*got none"):
+        login_failures("1h", "0", [], 10_000, journal_of([]))
+    with pytest.raises(PortknockError, match=r"log_files: expected absolute paths; got 'auth\.log'"):
+        login_failures("1h", "0", ["auth.log"], 10_000, journal_of([]))

@@ -162,7 +162,7 @@ class LogFiles:
         try:
             with open(path, "rb") as file, contextlib.ExitStack() as stack:
                 packed = path.endswith(".gz")
-                stream = cast("IO[bytes]", stack.enter_context(gzip.GzipFile(fileobj=file))) if packed else file
+                stream = cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=file))) if packed else file
                 for line in lines(stream):
                     yield line.decode("utf-8", "replace")
         except (OSError, EOFError, zlib.error) as exc:

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if failure is not None:
             raise PortknockError(f"The connection to {options.host} broke: {failure.strerror or 'no reason is known'}.")
     except PortknockError as exc:
-        print(f"portknock: {exc}", file=sys.stderr)
+        sys.stderr.write(f"portknock: {exc}\n")
         return 1
     return 0
 

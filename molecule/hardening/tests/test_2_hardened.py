@@ -111,6 +111,34 @@ class TestSeenFromOutside:
 
 
 @pytest.mark.usefixtures("hardened")
+def test_what_failed_is_counted_by_source_and_user(fleet: Fleet) -> None:
+    """What the tests before this one have tried, and what a stranger tries now."""
+    for host in HOSTS:
+        assert enter(fleet, host, "stranger").returncode == 255
+    tasks = [
+        {"fleet.portknock.login_failures_info": {"since": "15m"}, "register": "found"},
+        {
+            "ansible.builtin.copy": {
+                "content": "{{ found | to_json }}",
+                "dest": "{{ playbook_dir }}/failures-{{ inventory_hostname }}",
+            },
+            "delegate_to": "localhost",
+            "connection": "local",
+            "become": False,
+        },
+    ]
+    playbook = fleet.write("failures.yml", [{"hosts": "all", "gather_facts": False, "become": True, "tasks": tasks}])
+    run = fleet.play(playbook, inventory=inventory(fleet))
+    assert run.status == 0, run.output
+    for host in HOSTS:
+        found = json.loads((fleet.directory / f"failures-{host}").read_text())
+        rows = {(row["source"], row["user"], row["invalid_user"]) for row in found["failures"]}
+        gateway = fleet.description["gateway4"]
+        assert {(gateway, "root", False), (gateway, "stranger", True)} <= rows, found
+        assert found["read_from"] == "journal"
+
+
+@pytest.mark.usefixtures("hardened")
 def test_nothing_to_change_is_one_round_trip(fleet: Fleet) -> None:
     # A bare no of YAML's is false.
     variables = {"sshd_hardening_permit_root_login": False}

@@ -135,7 +135,7 @@ def test_what_failed_is_counted_by_source_and_user(fleet: Fleet) -> None:
         rows = {(row["source"], row["user"], row["invalid_user"]) for row in found["failures"]}
         gateway = fleet.description["gateway4"]
         assert {(gateway, "root", False), (gateway, "stranger", True)} <= rows, found
-        assert found["read_from"] == "journal"
+        assert found["read_from"] == ["journal"]
 
 
 @pytest.mark.usefixtures("hardened")

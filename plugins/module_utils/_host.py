@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 from typing import Any, Mapping, NamedTuple, Optional
 
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import CONFIG_FOLDER, UNIT_FOLDER, Nftables
@@ -191,7 +190,7 @@ class GateHost:
 
     def forget(self) -> None:
         """Remove the run-time folder: the last trace of a gate that was taken away."""
-        shutil.rmtree(self.trial.folder, ignore_errors=True)
+        self.trial.forget()
 
     def _begin(self, run: str, seconds: int, kind: str, committed: str, found: Found, closed: Optional[str]) -> None:
         texts = {"kind": kind, "former": self._way_back(found, closed)}

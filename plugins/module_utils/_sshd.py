@@ -19,6 +19,7 @@ import tempfile
 import time
 from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import CONFIG_FOLDER
 from ansible_collections.fleet.portknock.plugins.module_utils._changes import Change, Difference, planned, run_change
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._host import RUN_FOLDER
@@ -139,6 +140,9 @@ class SshdChange(Change):
         result = planned([Difference(plan.file, plan.before or "", plan.text or "")] if changed else [])
         return {**result, "warnings": warnings} if changed else result
 
+    def settled(self) -> None:
+        self._forget_where_alone()
+
     def begin(self) -> dict[str, Any]:
         plan = self._plan
         if os.readlink("/proc/self/ns/mnt") != os.readlink("/proc/1/ns/mnt"):
@@ -188,6 +192,12 @@ class SshdChange(Change):
             write_text(file, read_text(self.trial.path("wanted")) or "", 0o644)
         self._uncover(covered)
         self.trial.end()
+        self._forget_where_alone()
+
+    def _forget_where_alone(self) -> None:
+        """Where ours is taken away and there is no gate either, nothing is left."""
+        if self._settings is None and not os.path.isdir(CONFIG_FOLDER):
+            self.trial.forget()
 
     def outcome(self) -> Optional[str]:
         pending = self.trial.pending()

@@ -233,6 +233,10 @@ class Trial:
         self._disarm(self._armed())
         shutil.rmtree(self._trial, ignore_errors=True)
 
+    def forget(self) -> None:
+        """Remove the run-time folder, while the lock is held: the last trace of what was taken away."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def restore(self, run: str) -> None:
         """Let this run's trial go back now instead of waiting for the timer. The lock must be free: the script takes it.
 

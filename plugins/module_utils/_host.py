@@ -230,8 +230,10 @@ class GateHost:
         units = [path for path in self._paths.values() if path.startswith(self._units)]
         files = " ".join(shlex.quote(path) for path in (*units, *map(self._link, self._backend.units)))
         # With a full /run systemd reloads nothing, and disabling reloads: what has to go does not wait for that.
+        # Once more where it fails: a service whose unit is gone would go on without anybody who knows it.
+        stop = f"systemctl stop {' '.join(self._backend.services)}"
         return (
-            f"systemctl stop {' '.join(self._backend.services)}; systemctl --quiet disable {' '.join(self._backend.units)}; "
+            f"{{ {stop} || {stop}; }}; systemctl --quiet disable {' '.join(self._backend.units)}; "
             f"rm -f {files} && rm -rf {shlex.quote(self._config)} && systemctl daemon-reload"
         )
 

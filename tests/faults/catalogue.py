@@ -319,6 +319,10 @@ class Flushed(Fault):
         attempt.host.execute("nft flush ruleset")
         attempt.host.go_on()
 
+    def mend(self, attempt: Attempt) -> None:
+        # Whoever looks away before the hole is closed can't say how long it was.
+        wait_for_gate(attempt.host, self.bearable_hole)
+
     def tidy(self, attempt: Attempt) -> None:
         attempt.host.execute(RESTORE_NEIGHBOUR)
 
@@ -335,10 +339,15 @@ class UnitFails(CallFails):
     def mend(self, attempt: Attempt) -> None:
         host = attempt.host
         host.execute("nft flush ruleset")
-        if host.is_gated:
-            with contextlib.suppress(AssertionError):
-                wait_until(host.has_table, REPAIR_SECONDS, "the gate is back")
+        wait_for_gate(host, REPAIR_SECONDS)
         host.execute(RESTORE_NEIGHBOUR)
+
+
+def wait_for_gate(host: Host, seconds: float) -> None:
+    """Until a host that is to have a gate has it again, or the time that is promised has passed."""
+    if host.is_gated:
+        with contextlib.suppress(AssertionError):
+            wait_until(host.has_table, seconds, "the gate is back")
 
 
 # First what only some hosts can have, so that these begin with it.

@@ -287,7 +287,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def session(desk: Desk) -> subprocess.Popen[bytes]:
     """An ssh that has arrived, and goes on while its input does."""
     opened = subprocess.Popen(
-        ["ssh", "-vvv", "-F", str(desk.config), acc.SERVER4, "cat"],
+        # What whoever runs the tests ignores, as nohup does with SIGHUP, would be ignored here, too.
+        ["env", "--default-signal=HUP,TERM", "ssh", "-vvv", "-F", str(desk.config), acc.SERVER4, "cat"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=(desk.folder / "told").open("wb"),

@@ -94,7 +94,9 @@ class ActionModule(ConfirmedAction):
             return outcome
         warnings = outcome.get("warnings", [])
         becomes = self._become_for(user)
-        way_in = knock_ssh_as(self, self._vars, user, becomes, self._credentials(settings, user))
+        by_key = self._is_key_needed(settings, user)
+        options = _KEY_ONLY if by_key else ""
+        way_in = knock_ssh_as(self, self._vars, user, becomes, options, with_password=not by_key and user == present)
         try:
             self._prove(way_in, user)
         except _NotReadyError as exc:
@@ -132,13 +134,13 @@ class ActionModule(ConfirmedAction):
                 "prohibit-password."
             )
 
-    def _credentials(self, settings: SshdSettings | None, user: str) -> str:
-        """The options for ssh with which the account has to get in: its key alone, where passwords are taken away."""
+    @staticmethod
+    def _is_key_needed(settings: SshdSettings | None, user: str) -> bool:
+        """Whether the account gets in by a key alone afterwards."""
         if settings is None:
-            return "-o BatchMode=yes"
+            return False
         root = wanted_value(settings, "PermitRootLogin")
-        by_key = wanted_value(settings, "PasswordAuthentication") == "no" or (user == "root" and root != "yes")
-        return _KEY_ONLY if by_key else ""
+        return wanted_value(settings, "PasswordAuthentication") == "no" or (user == "root" and root != "yes")
 
     def _become_for(self, user: str) -> Any:
         if user == "root":

@@ -44,19 +44,28 @@ def knock_ssh_of(action: ActionBase, task_vars: dict[str, Any]) -> Connection:
 
 
 def knock_ssh_as(
-    action: ActionBase, task_vars: dict[str, Any], user: str, become: BecomeBase | None, arguments: str = ""
+    action: ActionBase,
+    task_vars: dict[str, Any],
+    user: str,
+    become: BecomeBase | None,
+    arguments: str = "",
+    with_password: bool = False,
 ) -> Connection:
-    """A connection to the task's host as another user, which uses no password and nobody's master.
+    """A connection to the task's host as any user, which uses nobody's master.
 
     :param become: how that user becomes root; None where it is root.
     :param arguments: for ssh, before all others.
+    :param with_password: use the password of the task's own connection, where it has one.
     """
     context = action._play_context.copy()
-    context.password, context.remote_user = "", user
+    context.remote_user = user
+    if not with_password:
+        context.password = ""
     connection = connection_loader.get("fleet.portknock.knock_ssh", context, "/dev/null")
     _set_options(connection, action, task_vars, action._templar)
     connection.set_option("remote_user", user)
-    connection.set_option("password", None)
+    if not with_password:
+        connection.set_option("password", None)
     connection.set_option("ssh_args", f"{arguments} {connection.get_option('ssh_args') or ''}")
     if connection.has_pipelining:
         connection.set_option("pipelining", True)

@@ -12,7 +12,18 @@ from functools import partial
 
 import pytest
 from lab import Fleet, Run, differences, wait_until
-from ways_in import DROP_IN, PLAY, effective, enter, enter_by_password, harden, inventory, is_covered
+from ways_in import (
+    DROP_IN,
+    PASSWORD,
+    PLAY,
+    effective,
+    enter,
+    enter_by_password,
+    harden,
+    inventory,
+    is_covered,
+    soften,
+)
 
 HOST = "web-1"
 SECONDS = 10
@@ -65,6 +76,16 @@ def test_an_account_that_could_not_get_in_or_become_root(fleet: Fleet, account: 
     assert f"expected {account} to get in over a fresh connection" in output
     assert problem in output
     assert "Nothing was changed" in output
+
+
+def test_who_has_a_password_alone_keeps_it_or_stops_the_change(fleet: Fleet) -> None:
+    variables = {"ansible_password": PASSWORD, "ansible_ssh_private_key_file": "/dev/null"}
+    assert "expected admin to get in over a fresh connection" in refused(harden(fleet, hosts=HOST, variables=variables))
+    allowed = {**variables, "sshd_hardening_password_authentication": True}
+    run = harden(fleet, hosts=HOST, variables=allowed)
+    assert (run.status, run.recap[HOST]["changed"]) == (0, 1), run.output
+    assert PASSWORD not in run.output
+    assert soften(fleet, hosts=HOST).status == 0
 
 
 def test_settings_that_shut_out_the_account_are_taken_back(fleet: Fleet) -> None:

@@ -13,12 +13,18 @@ from ansible import constants
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.utils.display import Display
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, loose_warning, settings_from
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import (
+    GateSettings,
+    Honoured,
+    loose_warning,
+    settings_from,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
     check_operators,
     check_same_secrets,
     read_host_state,
+    utc_now,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._phases import is_trusted
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
@@ -84,7 +90,7 @@ class ActionModule(ConfirmedAction):
             )
         if not self._task.check_mode:
             check_same_secrets(read_host_state(found["gate"]), entry)
-        knocks = entry.wanted(operators)[operators[0]][0]
+        knocks = entry.to_prove(operators)
         warning = loose_warning(settings, len(knocks))
         if warning:
             display.warning(warning)
@@ -96,7 +102,7 @@ class ActionModule(ConfirmedAction):
         }
         ssh = knock_ssh_of(self, self._vars)
         destination = ssh.destination()
-        self._check_way_in(settings, destination, found, ssh.given_sequences(), entry.wanted(operators))
+        self._check_way_in(settings, destination, found, ssh.given_sequences(), entry.honoured(operators))
         gate = {
             "protected": [
                 *(f"{port}/tcp" for port in settings.protected_tcp),
@@ -259,11 +265,12 @@ class ActionModule(ConfirmedAction):
         return answered
 
     def _promote(self, keyring: Keyring, host: str, entry: HostSecrets) -> None:
-        """Note in the keyring that the host has the sequences that were next. The gate stands whether or not that works."""
-        if self._task.check_mode or entry.promoted() == entry:
+        """Note in the keyring what the host has been proved to honour. The gate stands whether or not that works."""
+        now = utc_now()
+        if self._task.check_mode or entry.promoted(now) == entry:
             return
         try:
-            keyring.promote(host)
+            keyring.promote(host, now)
         except PortknockError as exc:
             display.warning(
                 f"{host}: the gate is confirmed, and the next run of the role will note it in the keyring: {exc}"
@@ -303,12 +310,12 @@ class ActionModule(ConfirmedAction):
         destination: Destination,
         found: dict[str, Any],
         given: Sequence[tuple[Knock, ...]] | None,
-        wanted: Mapping[str, Sequence[tuple[Knock, ...]]],
+        honoured: Mapping[str, Honoured],
     ) -> None:
         """Stop where Ansible itself could not get in any more.
 
         :param given: what the connection knocks with instead of the keyring; None where it uses that.
-        :param wanted: what the gate is to honour, by operator.
+        :param honoured: what the gate is to honour, by operator.
         """
         is_closed = destination.port in settings.protected_tcp
         if not is_closed or is_trusted(found["ssh_source"], (*settings.trusted4, *settings.trusted6)):
@@ -324,14 +331,9 @@ class ActionModule(ConfirmedAction):
                 f"The gate would close port {destination.port}/tcp to this very connection, which does not knock: set "
                 f"`ansible_connection: {_CONNECTION}` for this host in the inventory, or `connection:` in the play."
             )
-        honoured = [knocks for sequences in wanted.values() for knocks in sequences]
+        opens = {tuple(knocks) for operator in honoured.values() for knocks in operator.sequences}
         # A check has made up the sequences that are missing.
-        if (
-            given is not None
-            and not self._task.check_mode
-            and not set(given) & set(honoured)
-            and is_ssh(self._connection)
-        ):
+        if given is not None and not self._task.check_mode and not set(given) & opens and is_ssh(self._connection):
             raise PortknockError(
                 "knock_sequences: expected a sequence that the gate is to honour, since the connection knocks with nothing "
                 "else; got others only. Give it what knock_server_sequences gives the gate, during a rotation beside the former "

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     parse_given,
     plan_secrets,
     read_host_state,
+    utc_now,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._nmap_ports import nmap_ports, read_nmap_services
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, parse_knock, parse_knocks
@@ -82,7 +82,7 @@ class ActionModule(ActionBase):
         if state == "present":
             before, (after, _changed, created, warnings) = self._present(keyring, host, arguments)
         elif state == "promoted":
-            after = keyring.promote(host, dry_run)
+            after = keyring.promote(host, utc_now(), dry_run)
         elif state == "removed":
             after = keyring.mark_removed(host, check_packages(arguments["packages"]), dry_run)
         else:
@@ -115,7 +115,7 @@ class ActionModule(ActionBase):
         packages = check_packages(arguments["packages"])
         avoided = _avoided(arguments["nmap_services"])
         state = read_host_state(arguments["host_state"])
-        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        now = utc_now()
         known_id = keyring.id
         # The keyring calls again where another writer came between; the last call counts.
         history: list[tuple[HostSecrets | None, Plan]] = []

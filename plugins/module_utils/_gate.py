@@ -13,7 +13,7 @@ import hmac
 import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import AbstractSet, Optional, Union
+from typing import AbstractSet, NamedTuple, Optional, Union
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock, parse_knocks
@@ -32,9 +32,9 @@ _OPTION = "knock_server_"
 _ALL_PORTS = 65535
 
 # Progress and what a packet does to it, as the rules' scratch register holds it (a traffic class, major:minor in hex).
-# Majors 1 are states on the way; these are the rest. The template's vmap names the same values.
+# Majors 1 are states on the way, majors 2 the last knock of an operator with that number; these are the rest. The template's
+# vmap names the same values.
 _NOTHING = "0:0"
-_OPEN = "2:0"
 _AGAIN = "3:0"
 _HIGHEST_STATE = 0xFFFF
 
@@ -48,6 +48,18 @@ _STAND_INS = tuple(
 _STAND_IN_LABEL = b"fleet.portknock stand-ins version 1\0"
 
 _Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+class Honoured(NamedTuple):
+    """What a gate honours of one operator.
+
+    ``number`` tells operators apart in the kernel and stays the operator's own on that host; ``sequences`` are newest first;
+    ``valid_until`` is in seconds since 1970, UTC.
+    """
+
+    number: int
+    sequences: Sequence[Sequence[Knock]]
+    valid_until: Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -102,20 +114,20 @@ def settings_from(options: Mapping[str, object]) -> GateSettings:
 
 def build_model(
     settings: GateSettings,
-    sequences: Mapping[str, Sequence[Sequence[Knock]]],
+    operators: Mapping[str, Honoured],
     tripwire_seed: bytes,
     avoid: AbstractSet[int],
     probe: Mapping[str, object],
 ) -> dict[str, object]:
     """What the templates see as ``gate``: numbers, strings and lists, the same for the same arguments.
 
-    :param sequences: the sequences that open, by operator.
+    :param operators: what opens, by operator.
     :param avoid: ports that are in use on the host: neither a tripwire nor a stand-in is made of them.
     :param probe: what the host can do: ``socket_wildcard`` (nft and kernel can tell a listening socket from another).
     :raises PortknockError: sequences that can't be told apart, or that hold a protected port.
     """
-    steps = _automaton(settings, sequences)
-    in_sequences = {knock.port for several in sequences.values() for knocks in several for knock in knocks}
+    steps = _automaton(settings, operators)
+    in_sequences = {knock.port for operator in operators.values() for knocks in operator.sequences for knock in knocks}
     barred = settings.protected | in_sequences | avoid
     tripwires: tuple[int, ...] = ()
     if settings.guard == "tripwires":
@@ -136,6 +148,10 @@ def build_model(
         "open_window": settings.open_window,
         "max_sources": settings.max_sources,
         "max_windows": settings.max_windows,
+        "operators": [
+            {"name": name, "number": f"{operator.number:x}", "valid_until": operator.valid_until}
+            for name, operator in sorted(operators.items())
+        ],
         "steps": steps,
         "tripwires": sorted(tripwires),
         "look_tcp": look["tcp"],
@@ -228,7 +244,7 @@ def _network(value: object, option: str) -> _Network:
     )
 
 
-def _automaton(settings: GateSettings, sequences: Mapping[str, Sequence[Sequence[Knock]]]) -> list[dict[str, object]]:
+def _automaton(settings: GateSettings, operators: Mapping[str, Honoured]) -> list[dict[str, object]]:
     """The transitions that knocks make: in ``state``, a packet to ``proto`` and ``port`` leads to ``next``."""
     option = f"{_OPTION}sequences"
     steps: list[dict[str, object]] = []
@@ -238,8 +254,8 @@ def _automaton(settings: GateSettings, sequences: Mapping[str, Sequence[Sequence
     def add(state: str, knock: Knock, follows: str) -> None:
         steps.append({"state": state, "proto": knock.proto, "port": knock.port, "next": follows})
 
-    for operator in sorted(sequences):
-        for knocks in sequences[operator]:
+    for operator in sorted(operators):
+        for knocks in operators[operator].sequences:
             if not knocks or len(set(knocks)) != len(knocks):
                 raise PortknockError(f"{option}: expected each port of {operator}'s sequence once, and one at least.")
             if any(knock.port in settings.protected for knock in knocks):
@@ -254,7 +270,7 @@ def _automaton(settings: GateSettings, sequences: Mapping[str, Sequence[Sequence
             for index, knock in enumerate(knocks):
                 is_last = index == len(knocks) - 1
                 states += 0 if is_last else 1
-                follows = _OPEN if is_last else f"1:{states:x}"
+                follows = f"2:{operators[operator].number:x}" if is_last else f"1:{states:x}"
                 add(state, knock, follows)
                 if not is_last:
                     # The first knock said again is a new start; a later one changes nothing, its timeout included.
@@ -291,6 +307,7 @@ __all__ = (
     "LONGEST_SECONDS",
     "SHORTEST_WINDOW",
     "GateSettings",
+    "Honoured",
     "build_model",
     "guess_cost",
     "loose_warning",

@@ -8,6 +8,7 @@ this module holds a port of a sequence or a seed.
 
 from __future__ import annotations
 
+import calendar
 import hashlib
 import hmac
 import json
@@ -15,9 +16,11 @@ import re
 import secrets
 from dataclasses import dataclass, replace
 from random import Random
+from time import gmtime, strftime, strptime
 from typing import AbstractSet, Mapping, NamedTuple, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import Honoured
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import (
     DEFAULT_LENGTH,
@@ -34,10 +37,13 @@ FORMAT = 1
 GENERATED = "generated"
 GIVEN = "given"
 SOURCES = (GENERATED, GIVEN)
+# How the keyring writes a time: UTC.
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 _OPERATORS_OPTION = "knock_server_operators"
 _SEQUENCES_OPTION = "knock_server_sequences"
 _ADOPT_OPTION = "knock_server_adopt"
+_READMIT_OPTION = "knock_server_readmit"
 _REMEDY = f"Use the keyring that the gate came from, or set {_ADOPT_OPTION} to give the host new secrets."
 _OPERATOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 # A keyring inside a folder that is an inventory source is read by Ansible as inventory; under one of these names an
@@ -74,23 +80,61 @@ class Operator:
     """One operator's sequences on a host.
 
     ``next`` is what is being deployed; it becomes ``current`` once it is proved. Until then both are kept, since
-    the host may honour either.
+    the host may honour either. With ``both`` the gate is to honour the two of them, as it does during a rotation, and has
+    been seen to since ``both_since``; None where it has not yet.
+
+    ``valid_until`` is when the host itself shuts the operator out, ``revoked`` when that was done for good. All times are UTC,
+    such as 2026-01-31T08:15:00Z.
     """
 
     active: bool
     current: StoredSequence
     next: StoredSequence | None = None
+    both: bool = False
+    both_since: str | None = None
+    valid_until: str | None = None
+    revoked: str | None = None
 
     @property
     def wanted(self) -> StoredSequence:
-        """The sequence that the gate is to honour."""
+        """The newest sequence that the gate is to honour."""
         return self.current if self.next is None else self.next
 
+    @property
+    def honoured(self) -> tuple[StoredSequence, ...]:
+        """Every sequence that the gate is to honour, newest first."""
+        return (self.next, self.current) if self.next is not None and self.both else (self.wanted,)
+
+    def promoted(self, now: str) -> Operator:
+        """Return this after the gate was proved and confirmed with what is honoured."""
+        if not self.both:
+            return replace(self, current=self.wanted, next=None)
+        return self if self.both_since else replace(self, both_since=now)
+
+    def retired(self) -> Operator:
+        """Return this with the newest sequence alone. Only once the host is known to honour it."""
+        return replace(self, current=self.wanted, next=None, both=False, both_since=None)
+
     def to_mapping(self) -> dict[str, object]:
-        mapping: dict[str, object] = {"active": self.active, "current": self.current.to_mapping()}
-        if self.next is not None:
-            mapping["next"] = self.next.to_mapping()
-        return mapping
+        return {
+            "active": self.active,
+            "current": self.current.to_mapping(),
+            **({} if self.next is None else {"next": self.next.to_mapping()}),
+            **self._marks(),
+        }
+
+    def describe(self) -> dict[str, object]:
+        """Return what may be shown of this."""
+        return {
+            "active": self.active,
+            "current": _describe(self.current),
+            **({} if self.next is None else {"next": _describe(self.next)}),
+            **self._marks(),
+        }
+
+    def _marks(self) -> dict[str, object]:
+        times = {"both_since": self.both_since, "valid_until": self.valid_until, "revoked": self.revoked}
+        return {**({"both": True} if self.both else {}), **{name: time for name, time in times.items() if time}}
 
 
 @dataclass(frozen=True)
@@ -99,7 +143,7 @@ class HostSecrets:
 
     ``generation`` goes up with every change of what is to be deployed. ``avoid`` holds the ports that were in use on
     the host at that time. ``removed`` marks a host whose gate was taken away. ``packages`` are those that were installed
-    there for the gate, so that they can be removed with it.
+    there for the gate, so that they can be removed with it. ``rotation`` is the id of the last one that made sequences here.
     """
 
     keyring_id: str
@@ -110,6 +154,7 @@ class HostSecrets:
     operators: Mapping[str, Operator]
     removed: bool = False
     packages: tuple[str, ...] = ()
+    rotation: str | None = None
 
     @classmethod
     def from_mapping(cls, data: object, path: str) -> HostSecrets:
@@ -129,6 +174,7 @@ class HostSecrets:
             "generation": self.generation,
             "removed": self.removed,
             **({"packages": list(self.packages)} if self.packages else {}),
+            **({"rotation": self.rotation} if self.rotation else {}),
             "tripwires": {"seed": self.tripwire_seed.hex(), "avoid": sorted(self.avoid)},
             "operators": {name: operator.to_mapping() for name, operator in self.operators.items()},
         }
@@ -140,14 +186,7 @@ class HostSecrets:
             "generation": self.generation,
             "removed": self.removed,
             **({"packages": list(self.packages)} if self.packages else {}),
-            "operators": {
-                name: {
-                    "active": operator.active,
-                    "current": _describe(operator.current),
-                    **({} if operator.next is None else {"next": _describe(operator.next)}),
-                }
-                for name, operator in self.operators.items()
-            },
+            "operators": {name: operator.describe() for name, operator in self.operators.items()},
         }
 
     def candidates(self, operator: str | None = None) -> list[tuple[str, tuple[Knock, ...]]]:
@@ -170,10 +209,10 @@ class HostSecrets:
             *((name, entry.next.knocks) for name, entry in chosen if not entry.active and entry.next is not None),
         ]
 
-    def wanted(self, operators: Sequence[str]) -> dict[str, list[tuple[Knock, ...]]]:
-        """Return the sequences that the gate honours, by operator.
+    def honoured(self, operators: Sequence[str]) -> dict[str, Honoured]:
+        """Return what the gate is to honour, by operator; whoever was revoked is left out.
 
-        :raises PortknockError: the keyring holds no sequence of one of them.
+        :raises PortknockError: the keyring holds no sequence of one of them, or all of them were revoked.
         """
         missing = [name for name in operators if name not in self.operators]
         if missing:
@@ -181,16 +220,38 @@ class HostSecrets:
                 f"{_OPERATORS_OPTION}: expected operators that the keyring knows on {self.host}; "
                 f"got {', '.join(missing)}."
             )
-        return {name: [self.operators[name].wanted.knocks] for name in operators}
+        check_not_all_revoked(operators, self)
+        numbers = {name: number for number, name in enumerate(self.operators, start=1)}
+        return {
+            name: Honoured(
+                number=numbers[name],
+                sequences=[stored.knocks for stored in self.operators[name].honoured],
+                valid_until=_seconds(self.operators[name].valid_until),
+            )
+            for name in operators
+            if not self.operators[name].revoked
+        }
 
-    def promoted(self) -> HostSecrets:
-        """Return this with every next sequence as the current one: the gate was proved with it."""
-        return replace(
-            self,
-            operators={
-                name: replace(operator, current=operator.wanted, next=None) for name, operator in self.operators.items()
-            },
-        )
+    def to_prove(self, operators: Sequence[str]) -> tuple[Knock, ...]:
+        """Return the sequence that a proof of the gate uses: one that is new there, where there is any.
+
+        :raises PortknockError: as :meth:`honoured`.
+        """
+        names = list(self.honoured(operators))
+        # One that expires may have done so.
+        names.sort(key=lambda name: (not self._is_new(name), self.operators[name].valid_until is not None))
+        return self.operators[names[0]].wanted.knocks
+
+    def _is_new(self, name: str) -> bool:
+        operator = self.operators[name]
+        return operator.next is not None and operator.both_since is None
+
+    def promoted(self, now: str) -> HostSecrets:
+        """Return this after the gate was proved and confirmed: every next sequence is the current one, or honoured beside it.
+
+        :param now: the time, such as 2026-01-31T08:15:00Z.
+        """
+        return replace(self, operators={name: operator.promoted(now) for name, operator in self.operators.items()})
 
     @property
     def fingerprint(self) -> str:
@@ -200,9 +261,9 @@ class HostSecrets:
         does not change it.
         """
         honoured = {
-            name: [str(knock) for knock in operator.wanted.knocks]
+            name: _fingerprinted(operator)
             for name, operator in sorted(self.operators.items())
-            if operator.active
+            if operator.active and not operator.revoked
         }
         text = json.dumps([self.generation, honoured])
         return hmac.new(self.tripwire_seed, text.encode(), hashlib.sha256).hexdigest()[:16]
@@ -243,6 +304,11 @@ class HostState(NamedTuple):
         )
 
 
+def utc_now() -> str:
+    """Return the time as the keyring writes it."""
+    return strftime(TIME_FORMAT, gmtime())
+
+
 def check_operators(values: object) -> tuple[str, ...]:
     """Return the operators' names.
 
@@ -264,6 +330,19 @@ def check_operators(values: object) -> tuple[str, ...]:
         if name in values[:index]:
             raise PortknockError(f"{_OPERATORS_OPTION}: expected each name once; got {name!r} twice.")
     return tuple(str(name) for name in values)
+
+
+def check_not_all_revoked(operators: Sequence[str], entry: HostSecrets) -> None:
+    """Refuse a host that nobody could open any more.
+
+    :raises PortknockError: each of the operators was revoked.
+    """
+    revoked = [name for name in operators if name in entry.operators and entry.operators[name].revoked]
+    if len(revoked) == len(operators):
+        raise PortknockError(
+            f"{_OPERATORS_OPTION}: expected an operator on {entry.host} who was not revoked, since nobody could get in "
+            f"otherwise; got {', '.join(revoked)} only. Name another, or let one in again by {_READMIT_OPTION}."
+        )
 
 
 def check_packages(values: object) -> tuple[str, ...]:
@@ -382,6 +461,8 @@ def plan_secrets(
     in_use: AbstractSet[int] = frozenset(),
     state: HostState | None = None,
     packages: Sequence[str] = (),
+    readmit: Sequence[str] = (),
+    valid_until: Mapping[str, str] | None = None,
     random: Random | None = None,
 ) -> Plan:
     """Say what a host's entry is to become, so that every operator has a sequence; nothing is written.
@@ -389,7 +470,9 @@ def plan_secrets(
     * A sequence that is there stays, whatever length and protocols say: those are for new ones.
     * A given sequence that differs becomes ``next``; so does a new one where a generated one came to hold a port
       that is now protected. The former stays known until the new one is promoted.
-    * An operator who isn't named any more becomes inactive and keeps their sequence.
+    * Two sequences that are honoured during a rotation stay as they are: ending it is not this function's.
+    * An operator who isn't named any more becomes inactive and keeps their sequence. One who was revoked stays out, named or
+      not, until ``readmit`` names them, and then gets a new sequence.
     * An entry that was marked removed is live again.
     * Packages are noted; they change nothing of what is deployed, so the generation stays.
 
@@ -407,6 +490,12 @@ def plan_secrets(
         warnings += check(knocks, option, protected=protected, nmap_ports=nmap_ports, in_use=in_use)
 
     known = {} if existing is None else dict(existing.operators)
+    unknown = [name for name in readmit if name not in names]
+    if unknown:
+        raise PortknockError(
+            f"{_READMIT_OPTION}: expected operators that {_OPERATORS_OPTION} names ({', '.join(names)}); got "
+            f"{', '.join(unknown)}."
+        )
     floor = max(0 if existing is None else existing.generation, 0 if state is None else state.generation)
     generation = floor + 1
     taken = {knock.port for knocks in sequences.values() for knock in knocks}
@@ -428,6 +517,15 @@ def plan_secrets(
             created.append(name)
             planned[name] = Operator(True, wish or new_sequence())
             continue
+        if entry.revoked is not None:
+            if name not in readmit:
+                planned[name] = entry
+                warnings.append(
+                    f"{_OPERATORS_OPTION}: {name}, who was revoked on {host} at {entry.revoked}, stays out. Take the name "
+                    f"off the list, or let them in again with a new sequence by {_READMIT_OPTION}."
+                )
+                continue
+            entry = replace(entry.retired(), revoked=None, current=wish or new_sequence())
         entry = replace(entry, active=True)
         if wish is not None:
             planned[name] = _with_given(entry, wish, deployed)
@@ -438,6 +536,9 @@ def plan_secrets(
                     f"holds, which was given, has one."
                 )
             planned[name] = _with_next(entry, new_sequence(), deployed)
+        elif any(knock.port in protected for stored in entry.honoured for knock in stored.knocks):
+            # The former sequence of a rotation: honoured no more, but known until the other is proved.
+            planned[name] = replace(entry, both=False, both_since=None)
         else:
             planned[name] = entry
             if entry.wanted.source == GENERATED and len(entry.wanted.knocks) != length:
@@ -445,7 +546,9 @@ def plan_secrets(
                     f"knock_server_sequence_length: the sequence of operator {name} on {host} keeps its "
                     f"{len(entry.wanted.knocks)} knocks; {length} take effect when it is rotated."
                 )
-    _check_first_knocks({name: planned[name].wanted.knocks for name in names})
+    expiries = valid_until or {}
+    planned = {name: replace(entry, valid_until=expiries.get(name)) for name, entry in planned.items()}
+    _check_first_knocks({name: [stored.knocks for stored in planned[name].honoured] for name in names})
     for name, former in known.items():
         planned.setdefault(name, replace(former, active=False))
 
@@ -464,6 +567,7 @@ def plan_secrets(
     # The order of what is there is kept: it is the order in which a client tries.
     ordered = {name: planned[name] for name in (*known, *created)}
     same = replace(existing, operators=ordered, removed=False, keyring_id=keyring_id)
+    check_not_all_revoked(names, same)
     adopted = state is not None and (
         state.keyring_id != keyring_id or state.generation > existing.generation or state.contradicts(existing)
     )
@@ -482,7 +586,7 @@ def _with_given(entry: Operator, wish: StoredSequence, deployed: int) -> Operato
         return entry
     if entry.next is not None and entry.current.knocks == wish.knocks:
         # Back to the former one; the other may be on the host, so it stays known.
-        return replace(entry, current=entry.next, next=wish)
+        return replace(entry, current=entry.next, next=wish, both=False, both_since=None)
     return _with_next(entry, wish, deployed)
 
 
@@ -491,25 +595,40 @@ def _with_next(entry: Operator, following: StoredSequence, deployed: int) -> Ope
 
     :param deployed: the generation of the host's gate. It tells which of two sequences the host honours.
     """
+    entry = replace(entry, both=False, both_since=None)
     if entry.next is not None and entry.next.generation <= deployed:
         return replace(entry, current=entry.next, next=following)
     return replace(entry, next=following)
+
+
+def _fingerprinted(operator: Operator) -> object:
+    sequences = [[str(knock) for knock in stored.knocks] for stored in operator.honoured]
+    if len(sequences) == 1 and operator.valid_until is None:
+        return sequences[0]
+    return [sequences, operator.valid_until]
+
+
+def _seconds(time: str | None) -> int | None:
+    """A UTC time as seconds since 1970."""
+    return None if time is None else calendar.timegm(strptime(time, TIME_FORMAT))
 
 
 def _is_operator(name: object) -> bool:
     return isinstance(name, str) and _OPERATOR.fullmatch(name) is not None and name not in _INVENTORY_WORDS
 
 
-def _check_first_knocks(sequences: Mapping[str, Sequence[Knock]]) -> None:
-    """Refuse two operators whose sequences begin alike: the gate could not tell them apart."""
+def _check_first_knocks(sequences: Mapping[str, Sequence[Sequence[Knock]]]) -> None:
+    """Refuse sequences that begin alike: the gate could not tell them apart."""
     first: dict[Knock, str] = {}
-    for name, knocks in sequences.items():
-        other = first.setdefault(knocks[0], name)
-        if other != name:
-            raise PortknockError(
-                f"{_SEQUENCES_OPTION}: expected sequences that begin with different knocks; those of {other} and "
-                f"{name} begin alike."
-            )
+    for name, several in sequences.items():
+        for knocks in several:
+            if knocks[0] in first:
+                other = first[knocks[0]]
+                whose = f"those of {other} and {name}" if other != name else f"two of {name}'s"
+                raise PortknockError(
+                    f"{_SEQUENCES_OPTION}: expected sequences that begin with different knocks; {whose} begin alike."
+                )
+            first[knocks[0]] = name
 
 
 def _describe(stored: StoredSequence) -> dict[str, object]:
@@ -561,6 +680,9 @@ class _Node:
             raise self.damaged(expected)
         return self.value
 
+    def time(self) -> str:
+        return self.text(_TIME.pattern, "a UTC time such as 2026-01-31T08:15:00Z")
+
     def count(self, least: int) -> int:
         number = _whole_number(self.value, least)
         if number is None:
@@ -598,7 +720,9 @@ class _Node:
 def _read_host(node: _Node) -> HostSecrets:
     if isinstance(node.value, Mapping) and _whole_number(node.value.get("format"), FORMAT + 1):
         raise node.damaged(f"a keyring file of format {FORMAT}, not of a newer one that a later release wrote,")
-    top = node.mapping(("format", "keyring", "host", "generation", "tripwires", "operators"), ("removed", "packages"))
+    top = node.mapping(
+        ("format", "keyring", "host", "generation", "tripwires", "operators"), ("removed", "packages", "rotation")
+    )
     if top["format"].value != FORMAT:
         raise top["format"].damaged(str(FORMAT))
     tripwires = top["tripwires"].mapping(("seed", "avoid"))
@@ -612,15 +736,24 @@ def _read_host(node: _Node) -> HostSecrets:
         operators={name: _read_operator(entry) for name, entry in top["operators"].named().items()},
         removed=top["removed"].flag() if "removed" in top else False,
         packages=top["packages"].packages() if "packages" in top else (),
+        rotation=top["rotation"].text(r"[0-9a-f]{1,64}", "the id of a rotation") if "rotation" in top else None,
     )
 
 
 def _read_operator(node: _Node) -> Operator:
-    entry = node.mapping(("active", "current"), ("next",))
+    entry = node.mapping(("active", "current"), ("next", "both", "both_since", "valid_until", "revoked"))
+
+    def time(name: str) -> str | None:
+        return entry[name].time() if name in entry else None
+
     return Operator(
         active=entry["active"].flag(),
         current=_read_sequence(entry["current"]),
         next=_read_sequence(entry["next"]) if "next" in entry else None,
+        both=entry["both"].flag() if "both" in entry else False,
+        both_since=time("both_since"),
+        valid_until=time("valid_until"),
+        revoked=time("revoked"),
     )
 
 
@@ -630,7 +763,7 @@ def _read_sequence(node: _Node) -> StoredSequence:
         generation=entry["generation"].count(1),
         knocks=entry["knocks"].knocks(),
         source=entry["source"].text("|".join(SOURCES), " or ".join(SOURCES)),
-        created=entry["created"].text(_TIME.pattern, "a UTC time such as 2026-01-31T08:15:00Z"),
+        created=entry["created"].time(),
     )
 
 
@@ -638,16 +771,19 @@ __all__ = (
     "FORMAT",
     "GENERATED",
     "GIVEN",
+    "TIME_FORMAT",
     "HostSecrets",
     "HostState",
     "Operator",
     "Plan",
     "StoredSequence",
     "check_host_state",
+    "check_not_all_revoked",
     "check_operators",
     "check_packages",
     "check_same_secrets",
     "parse_given",
     "plan_secrets",
     "read_host_state",
+    "utc_now",
 )

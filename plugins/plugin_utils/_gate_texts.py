@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, build_model
-from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets, plan_secrets
+from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets, plan_secrets, utc_now
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import parse_knocks
 from ansible_collections.fleet.portknock.plugins.plugin_utils._rendering import render
 
@@ -35,7 +34,9 @@ def gate_texts(
     # A service that has come since must not be what an un-knocked source is answered by; what is above 1024 stays
     # as it was when the secrets were made, so that a service that comes and goes changes nothing.
     avoid = entry.avoid | {knock.port for knock in in_use if knock.port < _FIRST_UNPRIVILEGED}
-    gate = build_model(settings, entry.wanted(operators), entry.tripwire_seed, avoid, found["backend"]["capabilities"])
+    gate = build_model(
+        settings, entry.honoured(operators), entry.tripwire_seed, avoid, found["backend"]["capabilities"]
+    )
     return {
         "texts": render(templates, backend, gate),
         "keyring": entry.keyring_id,
@@ -54,7 +55,7 @@ def with_throwaway_secrets(
         keyring_id=entry.keyring_id if entry else str(uuid.uuid4()),
         host=host,
         operators=operators,
-        now=datetime.now(tz=timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        now=utc_now(),
         protected={*settings.protected_tcp, *settings.protected_udp},
         in_use={knock.port for knock in in_use},
     ).secrets

@@ -195,16 +195,17 @@ class Keyring:
             self._write(path, content)
         return wanted, True
 
-    def promote(self, host: str, dry_run: bool = False) -> HostSecrets:
-        """Make each next sequence of a host the current one, after the gate was proved; return what is kept now.
+    def promote(self, host: str, now: str, dry_run: bool = False) -> HostSecrets:
+        """Note that a host's gate was proved and confirmed with what it is to honour; return what is kept now.
 
+        :param now: the time, such as 2026-01-31T08:15:00Z.
         :raises PortknockError: as :meth:`update`, or nothing is kept of the host.
         """
 
         def change(kept: HostSecrets | None) -> HostSecrets:
             if kept is None:
                 raise PortknockError(f"The keyring {self.directory}: expected an entry for {host}; got none.")
-            return kept.promoted()
+            return kept.promoted(now)
 
         return self.update(host, change, dry_run)[0]
 

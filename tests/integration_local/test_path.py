@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from ansible_collections.fleet.portknock.plugins.module_utils._gate import build_model, settings_from
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import Honoured, build_model, settings_from
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     Probe,
     knock_until_open,
@@ -27,7 +27,9 @@ NEAR, FAR = "198.18.78.1", "198.18.78.2"
 
 
 def own_gate(lab: Lab, **options: object) -> None:
-    model = build_model(settings_from(options), {"default": [acc.RIGHT]}, SEED, frozenset(), {"socket_wildcard": True})
+    model = build_model(
+        settings_from(options), {"default": Honoured(1, [acc.RIGHT])}, SEED, frozenset(), {"socket_wildcard": True}
+    )
     text = render(acc.ROOT / "roles" / "knock_server" / "templates", "nftables", model)["gate"]
     lab.inside("nft", "-f", "-", given="flush ruleset\n" + text)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import jinja2
-from ansible_collections.fleet.portknock.plugins.module_utils._gate import build_model, settings_from
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import Honoured, build_model, settings_from
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import TABLE, read_listing, replace_transaction
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 from scapy.layers.inet import IP, TCP, UDP
@@ -288,9 +288,11 @@ class Lab:
     ) -> tuple[str, dict[str, Any]]:
         """The role's template with a real model, and the model."""
         settings = settings_from({"protected_ports": ["22/tcp", "51820/udp"], "tripwires": 200, **options})
-        model = build_model(
-            settings, sequences or {"default": [SEQUENCE]}, SEED, avoid, probe or {"socket_wildcard": True}
-        )
+        operators = {
+            name: Honoured(number, several)
+            for number, (name, several) in enumerate((sequences or {"default": [SEQUENCE]}).items(), start=1)
+        }
+        model = build_model(settings, operators, SEED, avoid, probe or {"socket_wildcard": True})
         environment = jinja2.Environment(
             trim_blocks=True,
             keep_trailing_newline=True,

@@ -6,13 +6,14 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import (
     GateSettings,
+    Honoured,
     build_model,
     guess_cost,
     loose_warning,
@@ -25,7 +26,12 @@ A, B, C, D, E, F = (Knock(port, "tcp") for port in (50001, 41007, 61009, 50011, 
 
 
 def model(settings: GateSettings | None = None, sequences: Any = None, avoid: frozenset[int] = frozenset()) -> Any:
-    return build_model(settings or GateSettings((22,), ()), sequences or {"default": [(A, B, C)]}, SEED, avoid, {})
+    honoured = honour(sequences or {"default": [(A, B, C)]})
+    return build_model(settings or GateSettings((22,), ()), honoured, SEED, avoid, {})
+
+
+def honour(sequences: Mapping[str, Any]) -> dict[str, Honoured]:
+    return {name: Honoured(number, several) for number, (name, several) in enumerate(sequences.items(), start=1)}
 
 
 def test_defaults() -> None:
@@ -144,6 +150,7 @@ def test_the_model_is_plain_and_repeats_itself() -> None:
     assert sorted(one) == [
         *("closed_response", "guard", "look_tcp", "look_udp", "max_sources", "max_windows", "open_window"),
         *(
+            "operators",
             "protected_tcp",
             "protected_udp",
             "socket_wildcard",
@@ -160,7 +167,7 @@ def test_the_model_is_plain_and_repeats_itself() -> None:
     ("probe", "expected"), [({}, False), ({"socket_wildcard": 1}, False), ({"socket_wildcard": True}, True)]
 )
 def test_the_probe(probe: dict[str, object], expected: bool) -> None:
-    built = build_model(GateSettings((22,), ()), {"a": [(A, B, C)]}, SEED, frozenset(), probe)
+    built = build_model(GateSettings((22,), ()), honour({"a": [(A, B, C)]}), SEED, frozenset(), probe)
     assert built["socket_wildcard"] is expected
 
 
@@ -202,7 +209,7 @@ def run(steps: list[dict[str, Any]], knocks: list[Knock], strict: bool) -> bool:
     progress = "0:0"
     for port, proto in knocks:
         after = table.get((progress, proto, port)) or table.get(("0:0", proto, port)) or ("4:0" if strict else "3:0")
-        if after == "2:0":
+        if after.startswith("2:"):
             return True
         if after == "4:0":
             progress = "0:0"
@@ -235,6 +242,22 @@ def _opens(sequences: Sequence[tuple[Knock, ...]], walk: tuple[Knock, ...], stri
         if current and done == len(current):
             return True
     return False
+
+
+def test_each_operator_s_last_knock_says_whose_it_is() -> None:
+    built = build_model(
+        GateSettings((22,), ()),
+        {"bob": Honoured(12, [(A, B), (C, D)], 1772308800), "alice": Honoured(3, [(E, F)])},
+        SEED,
+        frozenset(),
+        {},
+    )
+    assert built["operators"] == [
+        {"name": "alice", "number": "3", "valid_until": None},
+        {"name": "bob", "number": "c", "valid_until": 1772308800},
+    ]
+    ends = {(step["port"], step["next"]) for step in built["steps"] if step["next"].startswith("2:")}
+    assert ends == {(F.port, "2:3"), (B.port, "2:c"), (D.port, "2:c")}
 
 
 def test_steps_grow_with_the_knocks_alone() -> None:

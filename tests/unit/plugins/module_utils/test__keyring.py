@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import Honoured
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
     HostState,
@@ -28,6 +29,7 @@ LATER = "2026-02-28T20:00:00Z"
 A = (Knock(40000, "tcp"), Knock(30000, "udp"), Knock(50000, "tcp"))
 B = (Knock(41000, "tcp"), Knock(31000, "tcp"), Knock(51000, "tcp"))
 C = (Knock(42000, "tcp"), Knock(32000, "tcp"), Knock(52000, "tcp"))
+D = (Knock(43000, "tcp"), Knock(33000, "tcp"), Knock(53000, "tcp"))
 
 
 def stored(knocks: tuple[Knock, ...], generation: int = 1, source: str = "given") -> StoredSequence:
@@ -42,6 +44,11 @@ def plan(existing: HostSecrets | None, operators: list[str] | None = None, **arg
     return plan_secrets(
         existing, keyring_id="ring", host="web1", operators=operators or ["default"], now=LATER, **arguments
     )
+
+
+def opening(entry: HostSecrets, operator: str = "default") -> list[tuple[Knock, ...]]:
+    """The sequences that the gate honours of an operator."""
+    return [tuple(knocks) for knocks in entry.honoured([operator])[operator].sequences]
 
 
 FULL = replace(
@@ -90,6 +97,23 @@ MAPPING: dict[str, Any] = {
 def test_the_shape_on_disk() -> None:
     assert FULL.to_mapping() == MAPPING
     assert HostSecrets.from_mapping(MAPPING, "f.yml") == FULL
+
+
+def test_the_marks_on_disk() -> None:
+    marked = replace(
+        FULL,
+        rotation="0f",
+        operators={
+            "alice": replace(FULL.operators["alice"], both=True, both_since=NOW, valid_until=LATER),
+            "bob": replace(FULL.operators["bob"], revoked=LATER),
+        },
+    )
+    mapping = copy.deepcopy(MAPPING)
+    mapping["rotation"] = "0f"
+    mapping["operators"]["alice"].update(both=True, both_since=NOW, valid_until=LATER)
+    mapping["operators"]["bob"]["revoked"] = LATER
+    assert marked.to_mapping() == mapping
+    assert HostSecrets.from_mapping(mapping, "f.yml") == marked
 
 
 def test_removed_may_be_left_out() -> None:
@@ -183,23 +207,127 @@ def test_an_unknown_operator() -> None:
         "knock_operator: expected an operator that the keyring knows on web1 (alice, bob); got 'mallory'."
     )
     with pytest.raises(PortknockError) as caught:
-        FULL.wanted(["alice", "mallory"])
+        FULL.honoured(["alice", "mallory"])
     assert str(caught.value) == (
         "knock_server_operators: expected operators that the keyring knows on web1; got mallory."
     )
 
 
 def test_what_the_gate_honours() -> None:
-    assert FULL.wanted(["alice"]) == {"alice": [B]}
-    assert FULL.wanted(["bob", "alice"]) == {"bob": [C], "alice": [B]}
+    numbers = {name: number for number, name in enumerate(FULL.operators, start=1)}
+    assert FULL.honoured(["alice"]) == {"alice": Honoured(numbers["alice"], [B])}
+    assert FULL.honoured(["bob", "alice"]) == {
+        "bob": Honoured(numbers["bob"], [C]),
+        "alice": Honoured(numbers["alice"], [B]),
+    }
+
+
+def test_both_sequences_of_a_rotation_are_honoured_and_stay_through_a_promotion() -> None:
+    rotating = entry(default=Operator(True, stored(A), stored(B, 2), both=True))
+    assert opening(rotating) == [B, A]
+    assert rotating.to_prove(["default"]) == B
+    confirmed = rotating.promoted(LATER)
+    assert confirmed == entry(default=Operator(True, stored(A), stored(B, 2), both=True, both_since=LATER))
+    assert confirmed.promoted("2026-03-01T00:00:00Z") == confirmed
+    assert confirmed.fingerprint == rotating.fingerprint
+    assert confirmed.fingerprint != entry(default=Operator(True, stored(A), stored(B, 2))).fingerprint
+    # A later run of the role neither ends the rotation nor changes anything.
+    assert not plan(confirmed).changed
+    assert confirmed.operators["default"].retired() == Operator(True, stored(B, 2))
+
+
+def test_the_proof_uses_what_is_new_and_does_not_expire() -> None:
+    three = entry(
+        alice=Operator(True, stored(A), valid_until=LATER),
+        bob=Operator(True, stored(B)),
+        carol=Operator(True, stored(D), stored(C, 2), both=True),
+    )
+    assert three.to_prove(["alice", "bob"]) == B
+    assert three.to_prove(["alice", "bob", "carol"]) == C
+    assert three.promoted(LATER).to_prove(["bob", "carol"]) == B
+    assert three.honoured(["alice"])["alice"].valid_until == 1772308800
+
+
+def test_the_former_sequence_of_a_rotation_gives_way_to_a_protected_port() -> None:
+    rotating = entry(default=Operator(True, stored(A), stored(B, 2), both=True, both_since=NOW))
+    for port, honoured in ((A[0].port, [B]), (B[0].port, None)):
+        planned = plan(replace_source(rotating), protected={port})
+        assert planned.changed
+        assert port not in {knock.port for knocks in opening(planned.secrets) for knock in knocks}
+        assert honoured is None or opening(planned.secrets) == honoured
+        # Whichever the host honours now stays known.
+        known = {knocks for _name, knocks in planned.secrets.candidates()}
+        assert A in known
+
+
+def replace_source(secrets: HostSecrets) -> HostSecrets:
+    """The same with sequences that were generated."""
+    operator = secrets.operators["default"]
+    return replace(
+        secrets,
+        operators={
+            "default": replace(
+                operator,
+                current=replace(operator.current, source="generated"),
+                next=operator.next and replace(operator.next, source="generated"),
+            )
+        },
+    )
+
+
+def test_whoever_was_revoked_stays_out_until_let_in_again() -> None:
+    two = entry(alice=Operator(True, stored(A)), bob=Operator(False, stored(B), revoked=NOW))
+    planned = plan(two, ["alice", "bob"])
+    assert not planned.changed
+    assert planned.warnings == (
+        f"knock_server_operators: bob, who was revoked on web1 at {NOW}, stays out. Take the name off the list, or let "
+        "them in again with a new sequence by knock_server_readmit.",
+    )
+    assert list(planned.secrets.honoured(["alice", "bob"])) == ["alice"]
+    again = plan(two, ["alice", "bob"], readmit=["bob"])
+    assert again.changed
+    bob = again.secrets.operators["bob"]
+    assert (bob.active, bob.revoked, bob.next) == (True, None, None)
+    assert bob.current.knocks != B
+    assert again.secrets.operators["alice"] == two.operators["alice"]
+    assert not plan(again.secrets, ["alice", "bob"], readmit=["bob"]).changed
+
+
+def test_nobody_left_is_an_error() -> None:
+    one = entry(bob=Operator(False, stored(B), revoked=NOW))
+    message = (
+        "knock_server_operators: expected an operator on web1 who was not revoked, since nobody could get in otherwise; got "
+        "bob only. Name another, or let one in again by knock_server_readmit."
+    )
+    with pytest.raises(PortknockError) as caught:
+        plan(one, ["bob"])
+    assert str(caught.value) == message
+    with pytest.raises(PortknockError) as caught:
+        one.honoured(["bob"])
+    assert str(caught.value) == message
+    with pytest.raises(PortknockError) as caught:
+        plan(one, ["alice"], readmit=["bob"])
+    assert str(caught.value) == (
+        "knock_server_readmit: expected operators that knock_server_operators names (alice); got bob."
+    )
+
+
+def test_an_expiry_is_a_change_and_leaves_the_sequence() -> None:
+    one = entry(default=Operator(True, stored(A)))
+    ends = plan(one, valid_until={"default": LATER})
+    assert ends.changed
+    assert ends.secrets.operators["default"] == Operator(True, stored(A), valid_until=LATER)
+    assert ends.secrets.fingerprint != replace(one, generation=ends.secrets.generation).fingerprint
+    assert not plan(ends.secrets, valid_until={"default": LATER}).changed
+    assert plan(ends.secrets).secrets.operators["default"].valid_until is None
 
 
 def test_promotion_keeps_the_generation_and_is_done_once() -> None:
-    promoted = FULL.promoted()
+    promoted = FULL.promoted(LATER)
     assert promoted.operators["alice"] == Operator(True, stored(B, 2, "generated"))
     assert promoted.generation == FULL.generation
-    assert promoted.wanted(["alice", "bob"]) == FULL.wanted(["alice", "bob"])
-    assert promoted.promoted() == promoted
+    assert promoted.honoured(["alice", "bob"]) == FULL.honoured(["alice", "bob"])
+    assert promoted.promoted(LATER) == promoted
 
 
 def test_a_new_host() -> None:
@@ -268,15 +396,15 @@ def test_a_given_sequence_waits_beside_the_former_one() -> None:
     second = plan(first, given={"default": B})
     assert second.changed
     assert second.secrets.operators["default"] == Operator(True, stored(A), StoredSequence(4, B, "given", LATER))
-    assert second.secrets.wanted(["default"]) == {"default": [B]}
+    assert opening(second.secrets) == [B]
     assert not plan(second.secrets, given={"default": B}).changed
-    assert not plan(second.secrets.promoted(), given={"default": B}).changed
+    assert not plan(second.secrets.promoted(LATER), given={"default": B}).changed
 
 
 def test_going_back_before_the_new_one_is_proved_keeps_both() -> None:
     half = plan(entry(default=Operator(True, stored(A))), given={"default": B}).secrets
     back = plan(half, given={"default": A}).secrets
-    assert back.wanted(["default"]) == {"default": [A]}
+    assert opening(back) == [A]
     assert back.operators["default"].current.knocks == B
 
 
@@ -289,7 +417,7 @@ def test_a_third_sequence_before_the_second_is_promoted(deployed: int, kept: tup
     half = plan(entry(default=Operator(True, stored(A))), given={"default": B}).secrets
     third = plan(half, given={"default": C}, state=HostState("ring", deployed)).secrets
     assert third.operators["default"].current.knocks == kept
-    assert third.wanted(["default"]) == {"default": [C]}
+    assert opening(third) == [C]
 
 
 def test_a_generated_sequence_gives_way_to_a_protected_port() -> None:
@@ -498,7 +626,7 @@ def test_a_fingerprint_tells_secrets_apart_and_outlives_a_promotion() -> None:
     }
     others = replace(FULL, operators=operators)
     assert len({FULL.fingerprint, others.fingerprint, replace(FULL, generation=4).fingerprint}) == 3
-    assert FULL.promoted().fingerprint == FULL.fingerprint
+    assert FULL.promoted(LATER).fingerprint == FULL.fingerprint
     assert HostState("ring", 3, FULL.fingerprint).contradicts(FULL) is False
     assert HostState("ring", 3, FULL.fingerprint).contradicts(others) is True
     assert HostState("ring", 2, FULL.fingerprint).contradicts(others) is False

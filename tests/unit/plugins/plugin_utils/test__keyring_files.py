@@ -518,7 +518,7 @@ def test_promote_mark_and_purge(folder: Path) -> None:
     ring = keyring(folder)
     kept = ring.load("web1")
     assert kept is not None
-    assert ring.promote("web1") == kept
+    assert ring.promote("web1", "2026-03-01T00:00:00Z") == kept
     marked = ring.mark_removed("web1", dry_run=True)
     assert marked == replace(kept, removed=True)
     assert ring.load("web1") == kept
@@ -536,7 +536,7 @@ def test_promote_mark_and_purge(folder: Path) -> None:
     assert not ring.purge("web1")
     assert ring.mark_removed("web1") is None
     with pytest.raises(PortknockError) as caught:
-        ring.promote("web1")
+        ring.promote("web1", "2026-03-01T00:00:00Z")
     assert str(caught.value) == f"The keyring {folder}: expected an entry for web1; got none."
 
 

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,20 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._nmap_ports import nmap_ports, read_nmap_services
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, parse_knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._rotation import (
+    Step,
+    begin,
+    finish,
+    parse_grace,
+    revoke,
+    scope_of,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import DEFAULT_LENGTH
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import Keyring, keyring_options, open_keyring
 
+_STATES = ["present", "promoted", "rotated", "retired", "rotation_ended", "revoked", "removed", "absent"]
 _ARGUMENTS: dict[str, dict[str, Any]] = {
-    "state": {"type": "str", "choices": ["present", "promoted", "removed", "absent"], "default": "present"},
+    "state": {"type": "str", "choices": _STATES, "default": "present"},
     "operators": {"type": "list", "elements": "str", "default": ["default"]},
     "length": {"type": "int", "default": DEFAULT_LENGTH},
     "protocols": {"type": "list", "elements": "str", "choices": ["tcp", "udp"], "default": ["tcp"]},
@@ -42,6 +53,10 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "host_state": {"type": "dict", "default": {}},
     "adopt": {"type": "bool", "default": False},
     "packages": {"type": "list", "elements": "str", "default": []},
+    "readmit": {"type": "list", "elements": "str", "default": []},
+    "operator": {"type": "str"},
+    "grace": {"type": "raw", "default": 0},
+    "scope": {"type": "str", "default": ""},
 }
 
 
@@ -79,10 +94,26 @@ class ActionModule(ActionBase):
         after = before
         created: tuple[str, ...] = ()
         warnings: tuple[str, ...] = ()
+        extra: dict[str, Any] = {}
+        if state == "rotation_ended":
+            ended = keyring.end_rotation(arguments["scope"], dry_run)
+            return {"changed": ended, "keyring_id": keyring.id}
         if state == "present":
             before, (after, _changed, created, warnings) = self._present(keyring, host, arguments)
         elif state == "promoted":
             after = keyring.promote(host, utc_now(), dry_run)
+        elif state == "rotated":
+            before, step = self._step(keyring, host, partial(self._begin, keyring, host, arguments))
+            after, extra = step.secrets, {"rotation": step.done, "until": None}
+        elif state == "retired":
+            before, step = self._step(keyring, host, partial(self._finish, arguments))
+            after, extra = step.secrets, {"rotation": step.done, "until": step.until}
+        elif state == "revoked":
+            operator, operators = self._operator(arguments), check_operators(arguments["operators"])
+            now = utc_now()
+            if before is not None:
+                after = keyring.update(host, lambda kept: revoke(kept or before, operator, operators, now), dry_run)[0]
+            extra = {"known": before is not None and operator in before.operators}
         elif state == "removed":
             after = keyring.mark_removed(host, check_packages(arguments["packages"]), dry_run)
         else:
@@ -98,6 +129,7 @@ class ActionModule(ActionBase):
             "created": list(created),
             "packages": list(latest.packages) if latest else [],
             "warnings": [*warnings, *_news(keyring)],
+            **extra,
             "diff": {
                 "before_header": str(keyring.path(host)),
                 "after_header": str(keyring.path(host)),
@@ -105,6 +137,52 @@ class ActionModule(ActionBase):
                 "after": _shown(after),
             },
         }
+
+    def _step(
+        self, keyring: Keyring, host: str, step: Callable[[HostSecrets], Step]
+    ) -> tuple[HostSecrets | None, Step]:
+        """Take a step of a rotation; return what was kept, and what became of it."""
+        history: list[tuple[HostSecrets | None, Step]] = []
+
+        def change(kept: HostSecrets | None) -> HostSecrets:
+            if kept is None:
+                raise PortknockError(
+                    f"The keyring {keyring.directory}: expected an entry for {host}, which site.yml makes; got none."
+                )
+            taken = step(kept)
+            history.append((kept, taken))
+            return taken.secrets
+
+        keyring.update(host, change, bool(self._task.check_mode))
+        return history[-1]
+
+    def _begin(self, keyring: Keyring, host: str, arguments: Mapping[str, Any], kept: HostSecrets) -> Step:
+        state = read_host_state(arguments["host_state"])
+        check_host_state(state, kept, keyring.id, host, adopt=False)
+        protected = parse_knocks(arguments["protected_ports"], "knock_server_protected_ports")
+        return begin(
+            kept,
+            scope_of(check_operators(arguments["operators"]), arguments["operator"], kept),
+            rotation=keyring.rotation(arguments["scope"], time.time(), bool(self._task.check_mode)),
+            now=utc_now(),
+            state=state,
+            length=arguments["length"],
+            protocols=arguments["protocols"],
+            protected={knock.port for knock in protected},
+            nmap_ports=_avoided(arguments["nmap_services"]),
+            in_use=frozenset(_port(value) for value in arguments["ports_in_use"]),
+        )
+
+    @staticmethod
+    def _finish(arguments: Mapping[str, Any], kept: HostSecrets) -> Step:
+        scope = scope_of(check_operators(arguments["operators"]), arguments["operator"], kept)
+        return finish(kept, scope, grace=parse_grace(arguments["grace"]), now=utc_now())
+
+    @staticmethod
+    def _operator(arguments: Mapping[str, Any]) -> str:
+        if not arguments["operator"]:
+            raise PortknockError("portknock_operator: expected the name of an operator; got nothing.")
+        return check_operators([arguments["operator"]])[0]
 
     def _present(self, keyring: Keyring, host: str, arguments: Mapping[str, Any]) -> tuple[HostSecrets | None, Plan]:
         """Return what was kept, and what became of it."""
@@ -136,6 +214,7 @@ class ActionModule(ActionBase):
                 in_use=in_use,
                 state=state,
                 packages=packages,
+                readmit=arguments["readmit"],
             )
             history.append((kept, plan))
             return plan.secrets

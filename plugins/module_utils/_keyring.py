@@ -226,7 +226,7 @@ class HostSecrets:
             name: Honoured(
                 number=numbers[name],
                 sequences=[stored.knocks for stored in self.operators[name].honoured],
-                valid_until=_seconds(self.operators[name].valid_until),
+                valid_until=_optional_seconds(self.operators[name].valid_until),
             )
             for name in operators
             if not self.operators[name].revoked
@@ -276,6 +276,44 @@ class HostSecrets:
         return replace(self, removed=True, packages=tuple(name for name in self.packages if name not in packages_gone))
 
 
+class NewSequences:
+    """Makes a host's sequences: no two share a port, nor one with what the host has.
+
+    :param generation: the one that they are for.
+    :param now: the time, such as 2026-01-31T08:15:00Z.
+    :param barred: ports that none may hold.
+    :param known: the operators that are there.
+    """
+
+    def __init__(
+        self,
+        generation: int,
+        now: str,
+        length: int,
+        protocols: Sequence[str],
+        barred: AbstractSet[int],
+        known: Sequence[Operator],
+        random: Random | None = None,
+    ) -> None:
+        self._generation = generation
+        self._now = now
+        self._shape = check_length(length), check_protocols(protocols)
+        self._random = random
+        self._taken = set(barred)
+        for operator in known:
+            stored = (operator.current, operator.next)
+            self._taken.update(knock.port for sequence in stored if sequence for knock in sequence.knocks)
+
+    def make(self) -> StoredSequence:
+        """Return a new one.
+
+        :raises PortknockError: too few ports are left.
+        """
+        knocks = generate(*self._shape, self._taken, self._random)
+        self._taken.update(knock.port for knock in knocks)
+        return StoredSequence(self._generation, knocks, GENERATED, self._now)
+
+
 class Plan(NamedTuple):
     """What a host's entry is to become.
 
@@ -302,6 +340,15 @@ class HostState(NamedTuple):
             and (self.keyring_id, self.generation) == (entry.keyring_id, entry.generation)
             and self.fingerprint != entry.fingerprint
         )
+
+
+def seconds_since_1970(time: str) -> int:
+    """Return a time that the keyring holds as a number."""
+    return calendar.timegm(strptime(time, TIME_FORMAT))
+
+
+def _optional_seconds(time: str | None) -> int | None:
+    return None if time is None else seconds_since_1970(time)
 
 
 def utc_now() -> str:
@@ -481,8 +528,6 @@ def plan_secrets(
     :raises PortknockError: bad input, or a given sequence that breaks a rule.
     """
     names = check_operators(operators)
-    check_length(length)
-    check_protocols(protocols)
     sequences = {name: tuple(knocks) for name, knocks in (given or {}).items()}
     warnings: list[str] = []
     for name, knocks in sequences.items():
@@ -498,15 +543,8 @@ def plan_secrets(
         )
     floor = max(0 if existing is None else existing.generation, 0 if state is None else state.generation)
     generation = floor + 1
-    taken = {knock.port for knocks in sequences.values() for knock in knocks}
-    for former in known.values():
-        taken.update(knock.port for stored in (former.current, former.next) if stored for knock in stored.knocks)
-
-    def new_sequence() -> StoredSequence:
-        knocks = generate(length, protocols, {*nmap_ports, *in_use, *protected, *taken}, random)
-        taken.update(knock.port for knock in knocks)
-        return StoredSequence(generation, knocks, GENERATED, now)
-
+    barred = {*nmap_ports, *in_use, *protected, *(knock.port for knocks in sequences.values() for knock in knocks)}
+    new = NewSequences(generation, now, length, protocols, barred, list(known.values()), random)
     planned: dict[str, Operator] = {}
     created: list[str] = []
     deployed = 0 if state is None else state.generation
@@ -515,7 +553,7 @@ def plan_secrets(
         wish = StoredSequence(generation, sequences[name], GIVEN, now) if name in sequences else None
         if entry is None:
             created.append(name)
-            planned[name] = Operator(True, wish or new_sequence())
+            planned[name] = Operator(True, wish or new.make())
             continue
         if entry.revoked is not None:
             if name not in readmit:
@@ -525,7 +563,7 @@ def plan_secrets(
                     f"off the list, or let them in again with a new sequence by {_READMIT_OPTION}."
                 )
                 continue
-            entry = replace(entry.retired(), revoked=None, current=wish or new_sequence())
+            entry = replace(entry.retired(), revoked=None, current=wish or new.make())
         entry = replace(entry, active=True)
         if wish is not None:
             planned[name] = _with_given(entry, wish, deployed)
@@ -535,7 +573,7 @@ def plan_secrets(
                     f"{_SEQUENCES_OPTION}, operator {name}: expected no protected port; the sequence that the keyring "
                     f"holds, which was given, has one."
                 )
-            planned[name] = _with_next(entry, new_sequence(), deployed)
+            planned[name] = _with_next(entry, new.make(), deployed)
         elif any(knock.port in protected for stored in entry.honoured for knock in stored.knocks):
             # The former sequence of a rotation: honoured no more, but known until the other is proved.
             planned[name] = replace(entry, both=False, both_since=None)
@@ -606,11 +644,6 @@ def _fingerprinted(operator: Operator) -> object:
     if len(sequences) == 1 and operator.valid_until is None:
         return sequences[0]
     return [sequences, operator.valid_until]
-
-
-def _seconds(time: str | None) -> int | None:
-    """A UTC time as seconds since 1970."""
-    return None if time is None else calendar.timegm(strptime(time, TIME_FORMAT))
 
 
 def _is_operator(name: object) -> bool:
@@ -774,6 +807,7 @@ __all__ = (
     "TIME_FORMAT",
     "HostSecrets",
     "HostState",
+    "NewSequences",
     "Operator",
     "Plan",
     "StoredSequence",
@@ -785,5 +819,6 @@ __all__ = (
     "parse_given",
     "plan_secrets",
     "read_host_state",
+    "seconds_since_1970",
     "utc_now",
 )

@@ -37,12 +37,16 @@ options:
     description:
       - V(present) makes sure that each of O(operators) has a sequence, and that the entry of a host that was marked
         removed is live again, with the sequences that it had.
-      - V(promoted) makes each sequence that is being deployed the current one. Use it after the gate was proved with
-        it.
+      - V(promoted) makes each sequence that is being deployed the current one, or notes that both of a rotation's are
+        honoured. Use it after the gate was proved with it.
+      - V(rotated) gives the operators new sequences, for the gate to honour beside the former ones.
+      - V(retired) forgets the former ones, where the gate was proved to honour both at least O(grace) ago.
+      - V(rotation_ended) notes that the rotation of O(scope) has come to its end, so that the next run begins another.
+      - V(revoked) marks O(operator) as one who may not knock any more. It stays so until O(readmit) names them.
       - V(removed) marks the entry of a host whose gate was taken away. Its sequences are kept.
       - V(absent) deletes the host's file for good.
     type: str
-    choices: [present, promoted, removed, absent]
+    choices: [present, promoted, rotated, retired, rotation_ended, revoked, removed, absent]
     default: present
   operators:
     description:
@@ -108,6 +112,28 @@ options:
     type: list
     elements: str
     default: []
+  readmit:
+    description:
+      - With O(state=present), names among O(operators) who were revoked and may knock again, each with a new sequence.
+    type: list
+    elements: str
+    default: []
+  operator:
+    description:
+      - With O(state=rotated) and O(state=retired), the one operator that it is about; without it all of O(operators).
+      - With O(state=revoked), who is to go.
+    type: str
+  grace:
+    description:
+      - With O(state=retired), the least time for which both sequences open, in seconds or as C(90m), C(12h) or C(7d).
+    type: raw
+    default: 0
+  scope:
+    description:
+      - With O(state=rotated) and O(state=rotation_ended), what tells this rotation from others. A run with the same scope
+        goes on where another was stopped, for 12 hours, and makes no second sequence for whoever has a new one.
+    type: str
+    default: ""
 seealso:
   - module: fleet.portknock.knock_gate_info
   - module: fleet.portknock.knock_gate
@@ -128,6 +154,12 @@ EXAMPLES = r"""
     operators: [alice]
     sequences:
       alice: "{{ vault_sequence_of_alice }}"
+
+- name: Take bob off, whatever becomes of the host
+  fleet.portknock.knock_keyring:
+    state: revoked
+    operator: bob
+    operators: [alice, bob]
 
 - name: Keep the secrets of a host whose gate was taken away, and mark them
   fleet.portknock.knock_keyring:
@@ -160,6 +192,22 @@ packages:
   type: list
   elements: str
   sample: [nftables]
+rotation:
+  description:
+    - What became of each operator's sequence. V(made), V(under way), V(done before), V(given) (by hand, so left alone) and
+      V(revoked) with O(state=rotated); V(retired), V(waits) (for the end of O(grace)) and V(unproved) with O(state=retired).
+  returned: with O(state=rotated) and O(state=retired)
+  type: dict
+  sample: {alice: made}
+until:
+  description: When the last grace ends for which something waits, in UTC; V(null) where nothing does.
+  returned: with O(state=rotated) and O(state=retired)
+  type: str
+  sample: '2026-02-07T08:15:00Z'
+known:
+  description: Whether the keyring knew the operator on this host.
+  returned: with O(state=revoked)
+  type: bool
 created:
   description: Operators who got a sequence for the first time.
   returned: always

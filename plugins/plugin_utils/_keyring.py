@@ -5,6 +5,7 @@
 A folder of files::
 
     keyring.json     the keyring's id, no secret; every host's file repeats it
+    rotations.json   the rotations that have not come to their end, no secret
     .lock            held by whoever writes
     web1.yml         the secrets of web1, in the shape of module_utils/_keyring.py
 
@@ -19,6 +20,7 @@ import fcntl
 import functools
 import json
 import os
+import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +39,11 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import Ho
 DEFAULT_FOLDER = "knock_keyring"
 _IDENTITY_FILE = "keyring.json"
 _IDENTITY_FORMAT = 1
+_ROTATIONS_FILE = "rotations.json"
+_ROTATIONS_FORMAT = 1
+# For how long a run of a rotation goes on where another was stopped, or left hosts out; after that it begins a new one.
+# Less than a day, so that a daily run with a host that never answers rotates the others every day.
+CONTINUE_SECONDS = 12 * 3600
 _LOCK_FILE = ".lock"
 # One name will do, since only the holder of the lock writes; what a killed writer left is simply written over.
 # The leading dot keeps it out of what Ansible reads where the folder lies inside an inventory.
@@ -208,6 +215,70 @@ class Keyring:
             return kept.promoted(now)
 
         return self.update(host, change, dry_run)[0]
+
+    def rotation(self, scope: str, now: float, dry_run: bool = False) -> str:
+        """Return the id of the rotation that is under way; begin one where there is none.
+
+        :param scope: what it is about: hosts and operators, as the run was asked.
+        :param now: seconds since 1970.
+        :param dry_run: write nothing.
+        :raises PortknockError: the file can't be read, or is damaged; the lock is held for too long.
+        """
+        known = self._rotation_in(self._rotations(), scope, now)
+        if known is not None or dry_run:
+            return known or secrets.token_hex(8)
+        with self._locked():
+            rotations = self._rotations()
+            known = self._rotation_in(rotations, scope, now)
+            if known is None:
+                known = secrets.token_hex(8)
+                kept = {name: entry for name, entry in rotations.items() if self._rotation_in(rotations, name, now)}
+                self._write_rotations({**kept, scope: {"id": known, "began": now}})
+        return known
+
+    def end_rotation(self, scope: str, dry_run: bool = False) -> bool:
+        """Note that a rotation has come to its end: the next run begins another. Returns whether there was one.
+
+        :raises PortknockError: as :meth:`rotation`.
+        """
+        if scope not in self._rotations():
+            return False
+        if not dry_run:
+            with self._locked():
+                rotations = self._rotations()
+                rotations.pop(scope, None)
+                self._write_rotations(rotations)
+        return True
+
+    @staticmethod
+    def _rotation_in(rotations: Mapping[str, Mapping[str, Any]], scope: str, now: float) -> str | None:
+        entry = rotations.get(scope)
+        if entry is None or not 0 <= now - float(entry["began"]) < CONTINUE_SECONDS:
+            return None
+        return str(entry["id"])
+
+    def _rotations(self) -> dict[str, dict[str, Any]]:
+        path = self.directory / _ROTATIONS_FILE
+        content = self._read(path)
+        if content is None:
+            return {}
+        try:
+            data = json.loads(content)
+            if data["format"] != _ROTATIONS_FORMAT:
+                raise ValueError
+            return {
+                str(scope): {"id": str(entry["id"]), "began": float(entry["began"])}
+                for scope, entry in data["rotations"].items()
+            }
+        except (ValueError, TypeError, LookupError, AttributeError):
+            raise PortknockError(
+                f"{path}: expected the rotations under way, of format {_ROTATIONS_FORMAT}; got something else. The file is "
+                "damaged; remove it, and the next run begins a new rotation."
+            ) from None
+
+    def _write_rotations(self, rotations: Mapping[str, Mapping[str, Any]]) -> None:
+        data = {"format": _ROTATIONS_FORMAT, "rotations": rotations}
+        self._write(self.directory / _ROTATIONS_FILE, json.dumps(data).encode() + b"\n")
 
     def mark_removed(self, host: str, packages_gone: Sequence[str] = (), dry_run: bool = False) -> HostSecrets | None:
         """Mark a host's entry, if there is one, as that of a host whose gate was taken away; return what is kept now.
@@ -470,4 +541,13 @@ def open_keyring(get_option: Callable[[str], Any]) -> Keyring:
     )
 
 
-__all__ = ("DEFAULT_FOLDER", "Cipher", "Keyring", "RunVault", "keyring_directory", "keyring_options", "open_keyring")
+__all__ = (
+    "CONTINUE_SECONDS",
+    "DEFAULT_FOLDER",
+    "Cipher",
+    "Keyring",
+    "RunVault",
+    "keyring_directory",
+    "keyring_options",
+    "open_keyring",
+)

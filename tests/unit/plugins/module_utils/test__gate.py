@@ -245,7 +245,7 @@ def _opens(sequences: Sequence[tuple[Knock, ...]], walk: tuple[Knock, ...], stri
 
 
 def test_each_operator_s_last_knock_says_whose_it_is() -> None:
-    built = build_model(
+    built: Any = build_model(
         GateSettings((22,), ()),
         {"bob": Honoured(12, [(A, B), (C, D)], 1772308800), "alice": Honoured(3, [(E, F)])},
         SEED,

@@ -21,6 +21,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._errors import Por
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets, plan_secrets
 from ansible_collections.fleet.portknock.plugins.plugin_utils import _keyring
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import (
+    CONTINUE_SECONDS,
     Keyring,
     RunVault,
     keyring_directory,
@@ -591,3 +592,36 @@ def test_without_a_run_there_is_no_secret(tmp_path: Path, monkeypatch: pytest.Mo
     ring = open_keyring({"knock_keyring_dir": str(tmp_path / "r"), "knock_inventory_dir": None}.get)
     with pytest.raises(PortknockError, match="expected a vault secret to encrypt it with; got none"):
         ring.update("web1", made(ring))
+
+
+def test_a_rotation_goes_on_until_it_has_ended(folder: Path) -> None:
+    ring = keyring(folder)
+    assert ring.rotation("all", 1000.0, dry_run=True) != ring.rotation("all", 1000.0, dry_run=True)
+    first = ring.rotation("all", 1000.0)
+    assert ring.rotation("all", 1000.0 + CONTINUE_SECONDS - 1) == first
+    assert keyring(folder).rotation("all", 2000.0, dry_run=True) == first
+    other = ring.rotation("bob", 2000.0)
+    assert other != first
+    assert ring.end_rotation("bob", dry_run=True)
+    assert ring.rotation("bob", 2000.0) == other
+    assert ring.end_rotation("bob")
+    assert not ring.end_rotation("bob")
+    assert ring.rotation("bob", 2000.0) != other
+    assert ring.rotation("all", 1000.0 + CONTINUE_SECONDS) != first
+    # A clock that was wrong binds nobody.
+    assert ring.rotation("all", 500.0) != ring.rotation("all", 1000.0 + CONTINUE_SECONDS)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"format": 2, "rotations": {}}', '{"format": 1, "rotations": {"a": 1}}']
+)
+def test_damaged_rotations(folder: Path, content: str) -> None:
+    ring = keyring(folder)
+    path = folder / "rotations.json"
+    path.write_text(content)
+    with pytest.raises(PortknockError) as caught:
+        ring.rotation("all", 1000.0)
+    assert str(caught.value) == (
+        f"{path}: expected the rotations under way, of format 1; got something else. The file is damaged; remove it, and the "
+        "next run begins a new rotation."
+    )

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,15 +28,20 @@ TAIL_LINES = 40
 CLOSING = re.compile(r"(?:=+ )?((?:\d+ (?:failed|passed|skipped|error|x|desel|warn)\w*(?:, )?)+) in [\d.]+s")
 COUNTED = re.compile(r"(\d+) (failed|passed|skipped|error)")
 TABLE = re.compile(r"\|( .* \|)+")
+# How soon a watch closes a hole, or a host has gone back, is nothing to judge on a machine that has other things to do.
+PUNCTUAL_SCENARIOS = ("coexistence", "faults")
+# A scenario waits for containers more than it computes.
+AT_ONCE = 2
 TERMINAL = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Check(NamedTuple):
-    """One command; its name is its log's."""
+    """One command; its name is its log's. ``alone`` for one that judges how soon something happens."""
 
     name: str
     argv: list[str]
     directory: Path = ROOT
+    alone: bool = True
 
 
 def pytest(name: str, folder: str) -> Iterator[Check]:
@@ -84,7 +90,8 @@ def access() -> Iterator[Check]:
 def molecule(scenario: str = "") -> Iterator[Check]:
     for path in sorted(ROOT.glob("molecule/*/molecule.yml")):
         if scenario in ("", path.parent.name):
-            yield Check(f"molecule-{path.parent.name}", ["molecule", "test", "-s", path.parent.name])
+            name = path.parent.name
+            yield Check(f"molecule-{name}", ["molecule", "test", "-s", name], alone=name in PUNCTUAL_SCENARIOS)
 
 
 def faults(form: str = "") -> Iterator[Check]:
@@ -121,8 +128,8 @@ def environment(check: Check) -> dict[str, str]:
     }
 
 
-def run(check: Check) -> Counter[str]:
-    """Run one check, say how it went, and count."""
+def run(check: Check) -> tuple[str, Counter[str]]:
+    """Run one check; what is to be said of it, and the count."""
     log = LOGS / f"{check.name}.log"
     start = time.monotonic()
     with log.open("wb") as output:
@@ -147,14 +154,27 @@ def run(check: Check) -> Counter[str]:
     elif not counts:
         counts["passed"] += 1
     verdict = "FAILED" if done.returncode else "ok"
-    print(f"  {verdict:7} {check.name:22} {seconds:6.1f} s  {told}".rstrip(), flush=True)
-    for line in lines:
-        if TABLE.fullmatch(line):
-            print(f"    {line}", flush=True)
+    said = [f"  {verdict:7} {check.name:22} {seconds:6.1f} s  {told}".rstrip()]
+    said += [f"    {line}" for line in lines if TABLE.fullmatch(line)]
     if done.returncode:
-        print("\n".join(f"    | {line}" for line in lines[-TAIL_LINES:]))
-        print(f"    the whole log: {log}", flush=True)
-    return counts
+        said += [f"    | {line}" for line in lines[-TAIL_LINES:]]
+        said.append(f"    the whole log: {log}")
+    return "\n".join(said), counts
+
+
+def run_all(checks: list[Check]) -> Iterator[Counter[str]]:
+    """Those that need not be alone some at once, then the others one by one; says of each how it went when it has ended."""
+    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
+        running = [pool.submit(run, check) for check in checks if not check.alone]
+        for ended in as_completed(running):
+            said, counts = ended.result()
+            print(said, flush=True)
+            yield counts
+    for check in checks:
+        if check.alone:
+            said, counts = run(check)
+            print(said, flush=True)
+            yield counts
 
 
 def main(names: list[str]) -> int:
@@ -168,8 +188,8 @@ def main(names: list[str]) -> int:
         if not checks:
             print("  FAILED  there is nothing to run")
             total["failed"] += 1
-        for check in checks:
-            total += run(check)
+        for counts in run_all(checks):
+            total += counts
     seconds = time.monotonic() - start
     print(f"It took {seconds:.0f} s; the logs are in {LOGS}.")
     print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")

@@ -29,6 +29,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
 from ansible_collections.fleet.portknock.plugins.module_utils._nmap_ports import nmap_ports, read_nmap_services
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, parse_knock, parse_knocks
 from ansible_collections.fleet.portknock.plugins.module_utils._rotation import (
+    GIVEN_BY_HAND,
     Step,
     begin,
     finish,
@@ -105,6 +106,8 @@ class ActionModule(ActionBase):
         elif state == "rotated":
             before, step = self._step(keyring, host, partial(self._begin, keyring, host, arguments))
             after, extra = step.secrets, {"rotation": step.done, "until": None}
+            if GIVEN_BY_HAND in step.done.values():
+                warnings = ("Sequences that knock_server_sequences gives are not rotated: change them there.",)
         elif state == "retired":
             before, step = self._step(keyring, host, partial(self._finish, arguments))
             after, extra = step.secrets, {"rotation": step.done, "until": step.until}

@@ -4,24 +4,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from lab import FAMILIES, SSH, Fleet, Run, wait_until
+from lab import SSH, Fleet, wait_until
+from sequences_in_use import ROTATE, SITE, changed, down, judge, leaks, rotate, sequences
 
-ROTATE = "fleet.portknock.rotate"
-SITE = "fleet.portknock.site"
 OPERATORS = {"web-1": ["alice", "bob"], "web2": ["alice"], "db": ["alice", "bob"]}
-# A connection that outlives its play would be waited on for ever where its host has gone.
-NO_MASTER = "-o ControlMaster=no -o ControlPath=none"
 TRIAL = "/run/fleet-portknock/trial"
 LATER = {"knock_server_grace": "7d"}
 
@@ -34,66 +28,6 @@ def gates(fleet: Fleet) -> None:
     path.write_text(json.dumps({"knock_server_operators": OPERATORS["web2"]}))
     run = fleet.play(SITE)
     assert run.status == 0, run.output
-
-
-def rotate(fleet: Fleet, *arguments: str, **variables: object) -> Run:
-    """All hosts at once, unless told otherwise."""
-    variables = {"portknock_hosts": "all", "portknock_serial": "100%", **variables}
-    return fleet.play(ROTATE, *arguments, variables=variables, ANSIBLE_TIMEOUT="4", ANSIBLE_SSH_ARGS=NO_MASTER)
-
-
-def kept(fleet: Fleet) -> dict[str, dict[str, Any]]:
-    """The keyring's entries."""
-    return {host: fleet.secrets(host) for host in fleet.hosts}
-
-
-def sequences(fleet: Fleet, which: str = "current") -> dict[tuple[str, str], list[str]]:
-    """What the keyring holds for each operator who may knock at a host."""
-    return {
-        (host, name): entry[which]["knocks"]
-        for host, secrets in kept(fleet).items()
-        for name, entry in secrets["operators"].items()
-        if which in entry and entry["active"]
-    }
-
-
-def judge(fleet: Fleet, opening: dict[tuple[str, str], list[str]], closed: dict[tuple[str, str], list[str]]) -> None:
-    """Each of the sequences does what it should, over IPv4 and IPv6, for a source that nobody has seen yet."""
-    tries = [
-        (place, family, knocks, state)
-        for state, several in (("open", opening), ("reset", closed))
-        for place, knocks in several.items()
-        for family in FAMILIES
-    ]
-    sources = {family: iter(fleet.sources.take(family, len(tries))) for family in FAMILIES}
-    steps: list[list[object]] = []
-    for (host, _operator), family, knocks, _state in tries:
-        source, target = next(sources[family]), fleet.hosts[host][family]
-        look = ["connect", source, target, SSH]
-        steps += [look, ["knock", source, target, knocks], look]
-    seen = fleet.outside(*steps)
-    wrong = [
-        (place, family, before, after)
-        for (place, family, _knocks, state), before, after in zip(tries, seen[::3], seen[2::3])
-        if (before, after) != ("reset", state)
-    ]
-    assert wrong == []
-
-
-def changed(run: Run) -> dict[str, int]:
-    """How many tasks have changed something on, or for, each host."""
-    return {host: numbers["changed"] for host, numbers in run.recap.items()}
-
-
-def leaks(output: str, *several: dict[tuple[str, str], list[str]]) -> list[tuple[str, str]]:
-    """Whose sequences a text shows: a knock in full, or two numbers of one."""
-    numbers = set(re.findall(r"(?<![\w.])\d{4,5}(?![\w.])", output))
-    return [
-        place
-        for known in several
-        for place, knocks in known.items()
-        if any(knock in output for knock in knocks) or len(numbers & {knock.partition("/")[0] for knock in knocks}) > 1
-    ]
 
 
 def test_a_check_says_what_would_happen(fleet: Fleet) -> None:
@@ -139,6 +73,7 @@ def test_the_fleet_gets_new_sequences_while_it_is_in_use(fleet: Fleet) -> None:
     judge(fleet, present, former)
     assert leaks(run.output, former, present) == []
     assert '"retired_the_former": 3' in run.output
+    assert '"left_as_they_were": 0' in run.output
     # What is deployed is what site.yml would deploy.
     run = fleet.play(SITE)
     assert (run.status, set(changed(run).values())) == (0, {0}), run.output
@@ -194,16 +129,6 @@ def test_an_operator_comes_and_goes_and_the_others_keep_theirs(fleet: Fleet) -> 
     assert run.status == 0, run.output
     assert {place: sequences(fleet)[place] for place in former} == former
     judge(fleet, {("db", "alice"): former["db", "alice"]}, carol)
-
-
-@contextlib.contextmanager
-def down(fleet: Fleet, host: str) -> Iterator[None]:
-    container = fleet.hosts[host]["container"]
-    subprocess.run(["docker", "pause", container], check=True, capture_output=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["docker", "unpause", container], check=True, capture_output=True)
 
 
 def test_a_host_that_is_down_is_told_of_and_caught_up(fleet: Fleet) -> None:

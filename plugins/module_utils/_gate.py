@@ -28,8 +28,13 @@ LONGEST_SECONDS = 86400
 MOST_TRIPWIRES = 20000
 LARGEST_SET = 2**24
 
+# How long the first packet of the flow that used up a window may be said again: clients repeat it after 1, 3 and 7 s.
+BEGIN_TIMEOUT = 8
+
 _OPTION = "knock_server_"
 _ALL_PORTS = 65535
+# The words of YAML 1.1, as Ansible takes them.
+_FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 # Progress and what a packet does to it, as the rules' scratch register holds it (a traffic class, major:minor in hex).
 # Majors 1 are states on the way, majors 2 the last knock of an operator with that number; these are the rest. The template's
@@ -77,6 +82,7 @@ class GateSettings:
     tripwires: int = 2000
     max_sources: int = 262144
     max_windows: int = 65536
+    single_use: bool = False
 
     @property
     def protected(self) -> frozenset[int]:
@@ -109,6 +115,7 @@ def settings_from(options: Mapping[str, object]) -> GateSettings:
         tripwires=_number(options, "tripwires", 1, MOST_TRIPWIRES),
         max_sources=_number(options, "max_sources", 1, LARGEST_SET),
         max_windows=_number(options, "max_windows", 1, LARGEST_SET),
+        single_use=_flag(options, "single_use"),
     )
 
 
@@ -156,6 +163,8 @@ def build_model(
         "tripwires": sorted(tripwires),
         "look_tcp": look["tcp"],
         "look_udp": look["udp"],
+        "single_use": settings.single_use,
+        "begin_timeout": BEGIN_TIMEOUT,
         "socket_wildcard": probe.get("socket_wildcard") is True,
     }
 
@@ -207,6 +216,16 @@ def _number(options: Mapping[str, object], key: str, lowest: int, highest: int, 
         raise PortknockError(
             f"{_OPTION}{key}: expected a whole number{unit} from {lowest} to {highest}; got {value!r}."
         )
+    return value
+
+
+def _flag(options: Mapping[str, object], key: str) -> bool:
+    value = options.get(key, getattr(GateSettings, key))
+    # -e key=value on the command line gives text.
+    if isinstance(value, str):
+        value = _FLAGS.get(value.lower(), value)
+    if not isinstance(value, bool):
+        raise PortknockError(f"{_OPTION}{key}: expected true or false; got {value!r}.")
     return value
 
 

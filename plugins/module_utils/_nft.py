@@ -14,6 +14,10 @@ from typing import Any, Optional
 TABLE = "fleet_portknock"
 # The sets that outlive a change of the ruleset.
 _OPEN_SETS = ("open4", "open6", "open_ll6")
+# With single use, these do so too: what uses up a window while the rules change must find what others did before.
+_USED_SETS = tuple(
+    f"{name}{family}" for name in ("used", "begun_tcp", "begun_udp") for family in ("4", "6", "_ll6")
+)
 # What differs from one load of the same text to the next, or counts.
 _VOLATILE = frozenset(("handle", "position", "index", "packets", "bytes", "count", "metainfo", "expires"))
 _SIZE = re.compile(r"\bsize\s+([0-9]+)", re.ASCII)
@@ -23,7 +27,8 @@ def replace_transaction(table_text: str, existing: Optional[Mapping[str, Any]]) 
     """The text of the one transaction that puts ``table_text`` in place of the table that is loaded.
 
     The open windows stay as they are. Where the new text gives one of their sets another size, which nft can't change,
-    the set is made anew with its elements and the time that each has left.
+    the set is made anew with its elements and the time that each has left. Those of a single-use gate are made anew without:
+    a window may have been used up since it was listed.
 
     :param table_text: one ``table inet fleet_portknock { ... }`` block.
     :param existing: what ``nft -j list table inet fleet_portknock`` printed; None where there is no such table.
@@ -33,18 +38,20 @@ def replace_transaction(table_text: str, existing: Optional[Mapping[str, Any]]) 
     if not any(kind == "set" and found["name"] in _OPEN_SETS for kind, found in _objects(existing)):
         # Nothing to keep, and nft 0.9.8 crashes where it should put the gate in place of the table for a boot that fails.
         return f"delete table inet {TABLE}\n{table_text}"
+    # A text without windows, the one for a boot that fails, leaves them alone.
+    has_windows = _wanted_size(table_text, _OPEN_SETS[0]) is not None
     lines = [f"flush table inet {TABLE}"]
     elements = []
     for kind, found in _objects(existing):
         if kind not in ("set", "map"):
             continue
         name = found["name"]
-        if name in _OPEN_SETS:
+        if name in (*_OPEN_SETS, *_USED_SETS):
             size = _wanted_size(table_text, name)
-            # A text without windows, the one for a boot that fails, leaves them alone.
-            if size in (None, found.get("size")):
+            if not has_windows or size == found.get("size"):
                 continue
-            elements.extend(_add_elements(name, found.get("elem", ()), size))
+            if name in _OPEN_SETS and not _is_single_use(existing):
+                elements.extend(_add_elements(name, found.get("elem", ()), size))
         lines.append(f"delete {kind} inet {TABLE} {name}")
     # After the maps, whose verdicts may lead to chains.
     lines.extend(f"delete chain inet {TABLE} {found['name']}" for kind, found in _objects(existing) if kind == "chain")
@@ -52,7 +59,12 @@ def replace_transaction(table_text: str, existing: Optional[Mapping[str, Any]]) 
 
 
 def open_windows(table_text: str, existing: Mapping[str, Any]) -> str:
-    """Commands that open the windows of a listing again, in a table made anew, for the time that each has left."""
+    """Commands that open the windows of a listing again, in a table made anew, for the time that each has left.
+
+    None for a single-use gate's: one may have been used up since it was listed.
+    """
+    if _is_single_use(existing):
+        return ""
     return "".join(
         f"{command}\n"
         for kind, found in _objects(existing)
@@ -121,6 +133,10 @@ def close_window(address: str, interface: Optional[str]) -> list[str]:
     if source.is_link_local:
         return [f'delete element inet {TABLE} open_ll6 {{ "{interface}" . {source} }}\n'] if interface else []
     return [f"delete element inet {TABLE} open6 {{ {source} }}\n"]
+
+
+def _is_single_use(listing: Mapping[str, Any]) -> bool:
+    return any(kind == "set" and found["name"] in _USED_SETS for kind, found in _objects(listing))
 
 
 def _objects(listing: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -47,6 +47,7 @@ SILENCE = 1.0
 
 _CLONE_NEWNET = 0x40000000
 _TCP_REPAIR = 19
+_SO_RCVBUFFORCE = 33
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -121,6 +122,9 @@ class Service:
         self._socket.bind(("::", port))
         if self._tcp:
             self._socket.listen(1024)
+        else:
+            # A test may send faster than this answers.
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 23)
         self._sessions: list[socket.socket] = []
         self._wake, self._stopper = socket.socketpair()
         self._thread = threading.Thread(target=self._serve, daemon=True)

@@ -53,7 +53,7 @@ class ActionModule(ActionBase):
             raise PortknockError(f"timeout: expected more than 0 seconds; got {arguments['timeout']:g}.")
         if arguments["port"] is not None and not 1 <= arguments["port"] <= HIGHEST_PORT:
             raise PortknockError(f"port: expected a port from 1 to {HIGHEST_PORT}; got {arguments['port']}.")
-        sequences = self._sequences(arguments, ssh) if arguments["knock"] else []
+        sequences, single_use = self._sequences(arguments, ssh) if arguments["knock"] else ([], False)
         destination = ssh.destination()
         if destination.proxied and arguments["host"] is None:
             raise PortknockError(
@@ -65,7 +65,13 @@ class ActionModule(ActionBase):
         addresses = resolve(arguments["host"] or destination.host, port, arguments["family"] or destination.family)
         if sequences:
             seen = knock_with_any(
-                addresses, sequences, port, arguments["timeout"], source=destination.source, banner=_BANNER_SECONDS
+                addresses,
+                sequences,
+                port,
+                arguments["timeout"],
+                source=destination.source,
+                banner=_BANNER_SECONDS,
+                single_use=single_use,
             )
         else:
             seen = self._look(addresses, arguments["timeout"], destination.source)
@@ -88,12 +94,13 @@ class ActionModule(ActionBase):
         return shown
 
     @staticmethod
-    def _sequences(arguments: dict[str, Any], ssh: Connection) -> list[tuple[Knock, ...]]:
+    def _sequences(arguments: dict[str, Any], ssh: Connection) -> tuple[list[tuple[Knock, ...]], bool]:
+        """The sequences, and whether a window is good for one connection only."""
         if arguments["knocks"] is not None:
             sequence = parse_knocks(arguments["knocks"], "knocks", secret=True)
             if not sequence:
                 raise PortknockError("knocks: expected at least one knock; got an empty list.")
-            return [sequence]
+            return [sequence], ssh.is_single_use
         known = ssh.host_sequences(arguments["operator"])
         if known is None:
             raise PortknockError(
@@ -101,7 +108,7 @@ class ActionModule(ActionBase):
                 "got nothing. Run the role knock_server on the host, name the keyring's folder by knock_keyring_dir, or set "
                 "knock_sequences."
             )
-        return known.sequences
+        return known.sequences, known.single_use
 
     @staticmethod
     def _look(addresses: list[Address], timeout: float, source: str | None) -> KnockResult:

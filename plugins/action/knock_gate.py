@@ -118,7 +118,7 @@ class ActionModule(ConfirmedAction):
         proof = outcome.get("proof")
         if proof or not outcome["changed"]:
             # Unchanged, too: an earlier run may have died before it noted that the host has what the entry wants.
-            self._promote(keyring, host, entry)
+            self._promote(keyring, host, entry, settings.single_use)
         if proof:
             for note in proof["notes"]:
                 display.warning(f"{host}: {note}")
@@ -264,13 +264,13 @@ class ActionModule(ConfirmedAction):
         answered: dict[str, Any] = outcome["answer"]
         return answered
 
-    def _promote(self, keyring: Keyring, host: str, entry: HostSecrets) -> None:
+    def _promote(self, keyring: Keyring, host: str, entry: HostSecrets, single_use: bool) -> None:
         """Note in the keyring what the host has been proved to honour. The gate stands whether or not that works."""
         now = utc_now()
-        if self._task.check_mode or entry.promoted(now) == entry:
+        if self._task.check_mode or entry.promoted(now, single_use) == entry:
             return
         try:
-            keyring.promote(host, now)
+            keyring.promote(host, now, single_use=single_use)
         except PortknockError as exc:
             display.warning(
                 f"{host}: the gate is confirmed, and the next run of the role will note it in the keyring: {exc}"

@@ -54,6 +54,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "host_state": {"type": "dict", "default": {}},
     "adopt": {"type": "bool", "default": False},
     "packages": {"type": "list", "elements": "str", "default": []},
+    "single_use": {"type": "bool", "default": False},
     "readmit": {"type": "list", "elements": "str", "default": []},
     "operator": {"type": "str"},
     "grace": {"type": "raw", "default": 0},
@@ -217,6 +218,7 @@ class ActionModule(ActionBase):
                 in_use=in_use,
                 state=state,
                 packages=packages,
+                single_use=arguments["single_use"],
                 readmit=arguments["readmit"],
             )
             history.append((kept, plan))

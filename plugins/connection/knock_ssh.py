@@ -26,6 +26,8 @@ notes:
   - To see that the port has opened, the first real connection of a run to a host is preceded by one that is closed at
     once. Later ones rely on what worked and look only after ssh was refused, because OpenSSH 9.8 and newer holds
     connections that never log in against their source (C(PerSourcePenalties)).
+  - At a single-use gate each of these is knocked for. Where another fork of the run, or somebody who shares its address, uses
+    up what a knock has opened, the refused connection is knocked for again, a few times.
   - ssh's C(BindAddress) is used for the knock too; C(BindInterface) is not.
 options:
   inventory_hostname:
@@ -62,6 +64,17 @@ options:
     type: raw
     vars:
       - name: knock_sequences
+  knock_single_use:
+    description:
+      - Whether what a knock opens is good for one connection only, so that a second knock has to follow one whose effect was
+        looked at. The keyring knows this of the hosts that it has an entry of, unless the gate was changed without it.
+      - A second knock does no harm at a gate that needs none. One that was left out costs a connection that is refused.
+    type: boolean
+    default: false
+    version_added: 0.1.0
+    vars:
+      - name: knock_server_single_use
+      - name: knock_single_use
   knock_timeout:
     description:
       - The most seconds that knocking goes on before ssh is run all the same.
@@ -85,7 +98,8 @@ import os
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from ansible import constants
@@ -108,18 +122,26 @@ display = Display()
 
 _CONTROL_PATH = re.compile(r'(?:-o)?controlpath[ =]+"?(?P<path>.*?)"?', re.IGNORECASE)
 _SEQUENCES_OPTION = "knock_sequences"
+# How often what worked is sent again for a connection that was refused: another fork of this run, or whoever else shares its
+# address, may have used up what a knock opened. Once where nothing is known of a single-use gate.
+_AGAIN = {False: 1, True: 8}
 _FRESH = (b"-o", b"ControlMaster=no", b"-o", b"ControlPath=none")
+
+# How ssh ended: its code, standard output and standard error.
+_Ran = tuple[int, bytes, bytes]
 
 
 class HostSequences(NamedTuple):
     """What may open a host, likeliest first.
 
     ``identity`` tells these from the sequences of another time, as far as that can be said without what is in them.
+    With ``single_use`` what they open is good for one connection.
     """
 
     host: str
     sequences: list[tuple[Knock, ...]]
     identity: tuple[object, ...]
+    single_use: bool
 
 
 class _Gate(NamedTuple):
@@ -129,6 +151,7 @@ class _Gate(NamedTuple):
     addresses: list[Address]
     sequences: list[tuple[Knock, ...]]
     memory: str
+    single_use: bool
 
 
 class Connection(CoreConnection):
@@ -182,6 +205,11 @@ class Connection(CoreConnection):
         finally:
             templar.available_variables = former
 
+    @property
+    def is_single_use(self) -> bool:
+        """Whether the host's variables say that a knock opens for one connection only."""
+        return bool(self.get_option("knock_single_use"))
+
     def given_sequences(self) -> list[tuple[Knock, ...]] | None:
         """The sequences that the option gives instead of the keyring; None where it is not set.
 
@@ -200,7 +228,7 @@ class Connection(CoreConnection):
         name = self.get_option("knock_delegate") or self.get_option("inventory_hostname")
         given = self.given_sequences()
         if given is not None:
-            return HostSequences(name, given, (_SEQUENCES_OPTION, len(given)))
+            return HostSequences(name, given, (_SEQUENCES_OPTION, len(given)), self.is_single_use)
         try:
             keyring = open_keyring(self.get_option)
         except PortknockError:
@@ -211,7 +239,10 @@ class Connection(CoreConnection):
             return None
         candidates = secrets.candidates(operator or self.get_option("knock_operator"))
         return HostSequences(
-            secrets.host, [knocks for _operator, knocks in candidates], (secrets.keyring_id, secrets.generation)
+            secrets.host,
+            [knocks for _operator, knocks in candidates],
+            (secrets.keyring_id, secrets.generation),
+            secrets.single_use or self.is_single_use,
         )
 
     def _locate(self, *more: str) -> Destination:
@@ -244,24 +275,41 @@ class Connection(CoreConnection):
         gate = None if self._has_master(cmd) else self._gate()
         if gate is None:
             return super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
+        run = partial(super()._bare_run, cmd, in_data, sudoable=sudoable, checkrc=checkrc)
         # A password goes through a pipe that is made with the command and serves one run only.
-        if not self.fresh and cmd[0] != b"sshpass" and self._knock_as_before(gate):
-            # What ssh itself says of this very port; only then did nothing run on the host that must not run twice.
-            refused = f"ssh: connect to host {gate.destination.host} port {gate.destination.port}: "
-            try:
-                result = super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
-            except AnsibleConnectionFailure as exc:
-                if refused not in str(exc):
-                    raise
-            else:
-                if result[0] != 255 or result[1] or refused not in to_text(result[2]):
-                    return result
+        has_one_run = cmd[0] == b"sshpass"
+        if not self.fresh and not has_one_run and self._knock_as_before(gate):
+            result = self._unless_refused(gate, run)
+            if result is not None:
+                return result
             self._remember(gate, None)
-        if not self._knock(gate):
+        opened = self._knock(gate)
+        if opened is None:
             # What knocking took is taken off, so that a host that is down costs no more time than with plain ssh.
             left = max(1, math.ceil(self.get_option("timeout") - (time.monotonic() - begun)))
             cmd = self._with_first_options(cmd, b"-o", b"ConnectTimeout=%d" % left)
-        return super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
+            return super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
+        for _again in range(0 if has_one_run else _AGAIN[gate.single_use]):
+            result = self._unless_refused(gate, run)
+            if result is not None:
+                return result
+            display.vvv("Refused after the port was open: what the knock opened was used up; knocking again", self.host)
+            with contextlib.suppress(OSError):
+                send(*opened, gate.destination.source)
+        return run()
+
+    @staticmethod
+    def _unless_refused(gate: _Gate, run: Callable[[], _Ran]) -> _Ran | None:
+        """Run ssh; None where the port was closed to it, so that nothing ran on the host that must not run twice."""
+        # What ssh itself says of this very port.
+        refused = f"ssh: connect to host {gate.destination.host} port {gate.destination.port}: "
+        try:
+            result = run()
+        except AnsibleConnectionFailure as exc:
+            if refused not in str(exc):
+                raise
+            return None
+        return None if result[0] == 255 and not result[1] and refused in to_text(result[2]) else result
 
     def _has_master(self, command: Sequence[bytes]) -> bool:
         """Does a living ControlPersist master carry this command?"""
@@ -309,13 +357,21 @@ class Connection(CoreConnection):
         identity = json.dumps([*known.identity, known.host, destination.host, destination.port])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:20]
         memory = os.path.join(constants.DEFAULT_LOCAL_TMP, f"portknock-{digest}")
-        return _Gate(destination, addresses, known.sequences, memory)
+        return _Gate(destination, addresses, known.sequences, memory, known.single_use)
 
-    def _knock(self, gate: _Gate) -> bool:
-        """Knock and look until the port opens; False where it did not."""
+    def _knock(self, gate: _Gate) -> tuple[Address, tuple[Knock, ...], float] | None:
+        """Knock and look until the port opens.
+
+        :returns: what opened it: the address, the sequence and the seconds between two knocks; None where nothing did.
+        """
         budget = min(self.get_option("knock_timeout"), self.get_option("timeout") / 2)
         result = knock_with_any(
-            gate.addresses, gate.sequences, gate.destination.port, budget, source=gate.destination.source
+            gate.addresses,
+            gate.sequences,
+            gate.destination.port,
+            budget,
+            source=gate.destination.source,
+            single_use=gate.single_use,
         )
         opened = result.address if result.state == "open" else None
         if opened is not None:
@@ -328,7 +384,7 @@ class Connection(CoreConnection):
                 f"{result.attempts} tries. Connecting all the same.",
                 host=self.host,
             )
-        return opened is not None
+        return None if opened is None else (opened, gate.sequences[result.sequence], result.gap)
 
     def _knock_as_before(self, gate: _Gate) -> bool:
         """Repeat, without looking, what opened the port earlier in this run; False where nothing is known to."""

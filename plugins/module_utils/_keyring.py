@@ -144,6 +144,7 @@ class HostSecrets:
     ``generation`` goes up with every change of what is to be deployed. ``avoid`` holds the ports that were in use on
     the host at that time. ``removed`` marks a host whose gate was taken away. ``packages`` are those that were installed
     there for the gate, so that they can be removed with it. ``rotation`` is the id of the last one that made sequences here.
+    ``single_use`` tells clients that a window of the host's gate may be good for one connection only.
     """
 
     keyring_id: str
@@ -155,6 +156,7 @@ class HostSecrets:
     removed: bool = False
     packages: tuple[str, ...] = ()
     rotation: str | None = None
+    single_use: bool = False
 
     @classmethod
     def from_mapping(cls, data: object, path: str) -> HostSecrets:
@@ -175,6 +177,7 @@ class HostSecrets:
             "removed": self.removed,
             **({"packages": list(self.packages)} if self.packages else {}),
             **({"rotation": self.rotation} if self.rotation else {}),
+            **({"single_use": True} if self.single_use else {}),
             "tripwires": {"seed": self.tripwire_seed.hex(), "avoid": sorted(self.avoid)},
             "operators": {name: operator.to_mapping() for name, operator in self.operators.items()},
         }
@@ -186,6 +189,7 @@ class HostSecrets:
             "generation": self.generation,
             "removed": self.removed,
             **({"packages": list(self.packages)} if self.packages else {}),
+            **({"single_use": True} if self.single_use else {}),
             "operators": {name: operator.describe() for name, operator in self.operators.items()},
         }
 
@@ -246,12 +250,17 @@ class HostSecrets:
         operator = self.operators[name]
         return operator.next is not None and operator.both_since is None
 
-    def promoted(self, now: str) -> HostSecrets:
+    def promoted(self, now: str, single_use: bool | None = None) -> HostSecrets:
         """Return this after the gate was proved and confirmed: every next sequence is the current one, or honoured beside it.
 
         :param now: the time, such as 2026-01-31T08:15:00Z.
+        :param single_use: whether it is a single-use gate; None where that isn't said.
         """
-        return replace(self, operators={name: operator.promoted(now) for name, operator in self.operators.items()})
+        return replace(
+            self,
+            operators={name: operator.promoted(now) for name, operator in self.operators.items()},
+            single_use=self.single_use if single_use is None else single_use,
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -273,7 +282,8 @@ class HostSecrets:
 
         :param packages_gone: packages that have been removed again, too.
         """
-        return replace(self, removed=True, packages=tuple(name for name in self.packages if name not in packages_gone))
+        left = tuple(name for name in self.packages if name not in packages_gone)
+        return replace(self, removed=True, packages=left, single_use=False)
 
 
 class NewSequences:
@@ -508,6 +518,7 @@ def plan_secrets(
     in_use: AbstractSet[int] = frozenset(),
     state: HostState | None = None,
     packages: Sequence[str] = (),
+    single_use: bool = False,
     readmit: Sequence[str] = (),
     valid_until: Mapping[str, str] | None = None,
     random: Random | None = None,
@@ -521,7 +532,8 @@ def plan_secrets(
     * An operator who isn't named any more becomes inactive and keeps their sequence. One who was revoked stays out, named or
       not, until ``readmit`` names them, and then gets a new sequence.
     * An entry that was marked removed is live again.
-    * Packages are noted; they change nothing of what is deployed, so the generation stays.
+    * Packages are noted, and so is a gate that is to be a single-use one; neither changes secrets, so the generation stays.
+      That it is one no more is noted by :meth:`HostSecrets.promoted`: until then clients have to reckon with it.
 
     :param now: the time, for what is created, such as 2026-01-31T08:15:00Z.
     :param state: what the host's gate says of itself. A generation beyond the entry's (an adopted host) is passed by.
@@ -599,6 +611,7 @@ def plan_secrets(
             frozenset(in_use),
             planned,
             packages=tuple(packages),
+            single_use=single_use,
         )
         return Plan(fresh, True, tuple(created), tuple(warnings))
     noted = (*existing.packages, *(name for name in packages if name not in existing.packages))
@@ -610,11 +623,16 @@ def plan_secrets(
         state.keyring_id != keyring_id or state.generation > existing.generation or state.contradicts(existing)
     )
     if same == existing and not adopted:
-        if noted == existing.packages:
-            return Plan(existing, False, (), tuple(warnings))
-        return Plan(replace(existing, packages=noted), True, (), tuple(warnings))
+        latest = replace(existing, packages=noted, single_use=existing.single_use or single_use)
+        return Plan(latest, latest != existing, (), tuple(warnings))
     avoid = frozenset(in_use) or existing.avoid
-    changed = replace(same, generation=generation, avoid=avoid, packages=noted)
+    changed = replace(
+        same,
+        generation=generation,
+        avoid=avoid,
+        packages=noted,
+        single_use=existing.single_use or single_use,
+    )
     return Plan(changed, True, tuple(created), tuple(warnings))
 
 
@@ -754,7 +772,8 @@ def _read_host(node: _Node) -> HostSecrets:
     if isinstance(node.value, Mapping) and _whole_number(node.value.get("format"), FORMAT + 1):
         raise node.damaged(f"a keyring file of format {FORMAT}, not of a newer one that a later release wrote,")
     top = node.mapping(
-        ("format", "keyring", "host", "generation", "tripwires", "operators"), ("removed", "packages", "rotation")
+        ("format", "keyring", "host", "generation", "tripwires", "operators"),
+        ("removed", "packages", "rotation", "single_use"),
     )
     if top["format"].value != FORMAT:
         raise top["format"].damaged(str(FORMAT))
@@ -770,6 +789,7 @@ def _read_host(node: _Node) -> HostSecrets:
         removed=top["removed"].flag() if "removed" in top else False,
         packages=top["packages"].packages() if "packages" in top else (),
         rotation=top["rotation"].text(r"[0-9a-f]{1,64}", "the id of a rotation") if "rotation" in top else None,
+        single_use=top["single_use"].flag() if "single_use" in top else False,
     )
 
 

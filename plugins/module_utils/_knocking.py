@@ -194,16 +194,23 @@ def knock_with_any(
     gaps: Sequence[float] = GAPS,
     source: str | None = None,
     banner: float = 0.0,
+    single_use: bool = False,
 ) -> KnockResult:
     """Knock as :func:`knock_and_connect` does, to see whether the port opens; the connection is closed.
 
     :param banner: the seconds to wait for the first line of what opened; not part of the timeout and of ``elapsed``.
+    :param single_use: the look uses up what the knock opened, so what worked is sent once more for whoever connects next.
     """
     result, sock = knock_and_connect(addresses, sequences, port, timeout, gaps, source)
     if sock is None:
         return result
     with sock:
-        return result._replace(banner=_read_banner(sock, time.monotonic() + banner))
+        result = result._replace(banner=_read_banner(sock, time.monotonic() + banner))
+    if single_use and result.address is not None:
+        # The port was open a moment ago; where no packet goes out any more, the next connection says so itself.
+        with contextlib.suppress(OSError):
+            send(result.address, sequences[result.sequence], result.gap, source)
+    return result
 
 
 def knock_and_connect(

@@ -15,9 +15,7 @@ TABLE = "fleet_portknock"
 # The sets that outlive a change of the ruleset.
 _OPEN_SETS = ("open4", "open6", "open_ll6")
 # With single use, these do so too: what uses up a window while the rules change must find what others did before.
-_USED_SETS = tuple(
-    f"{name}{family}" for name in ("used", "begun_tcp", "begun_udp") for family in ("4", "6", "_ll6")
-)
+_USED_SETS = tuple(f"{name}{family}" for name in ("used", "begun_tcp", "begun_udp") for family in ("4", "6", "_ll6"))
 # What differs from one load of the same text to the next, or counts.
 _VOLATILE = frozenset(("handle", "position", "index", "packets", "bytes", "count", "metainfo", "expires"))
 _SIZE = re.compile(r"\bsize\s+([0-9]+)", re.ASCII)

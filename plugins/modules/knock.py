@@ -11,6 +11,9 @@ version_added: 0.1.0
 description:
   - Sends a host's sequence from the controller and polls the protected port until it opens, first back to back, then
     with growing gaps, because packets overtake each other on real paths.
+  - At a single-use gate the connection that sees the port open uses up what the knock has opened. Where the keyring or
+    O(fleet.portknock.knock_ssh#connection:knock_single_use) says that it is one, the knock is sent once more, so that the
+    next connection gets in.
   - Runs in the controller's process, without privileges, and needs no connection to the host. Never delegate it.
   - The sequence comes from the keyring, or from O(fleet.portknock.knock_ssh#connection:knock_sequences) where that is set,
     unless O(knocks) gives it.

@@ -112,6 +112,13 @@ options:
     type: list
     elements: str
     default: []
+  single_use:
+    description:
+      - With O(state=present), that a window of the host's gate is going to be good for one connection only. It is noted in the
+        entry, for the connection and P(fleet.portknock.knock#module) to knock once more where they have used one up by a look.
+      - Without it what is noted stays. M(fleet.portknock.knock_gate) takes the note off when a gate was proved that is none.
+    type: bool
+    default: false
   readmit:
     description:
       - With O(state=present), names among O(operators) who were revoked and may knock again, each with a new sequence.

@@ -202,17 +202,18 @@ class Keyring:
             self._write(path, content)
         return wanted, True
 
-    def promote(self, host: str, now: str, dry_run: bool = False) -> HostSecrets:
+    def promote(self, host: str, now: str, dry_run: bool = False, single_use: bool | None = None) -> HostSecrets:
         """Note that a host's gate was proved and confirmed with what it is to honour; return what is kept now.
 
         :param now: the time, such as 2026-01-31T08:15:00Z.
+        :param single_use: whether it is a single-use gate; None where that isn't said.
         :raises PortknockError: as :meth:`update`, or nothing is kept of the host.
         """
 
         def change(kept: HostSecrets | None) -> HostSecrets:
             if kept is None:
                 raise PortknockError(f"The keyring {self.directory}: expected an entry for {host}; got none.")
-            return kept.promoted(now)
+            return kept.promoted(now, single_use)
 
         return self.update(host, change, dry_run)[0]
 

@@ -115,6 +115,7 @@ class Lab:
         *operators: tuple[str, Operator],
         host: str = "web1",
         encrypted: bool = True,
+        single_use: bool = False,
     ) -> Path:
         """Write a host's entry of the keyring."""
         vault = RunVault([("default", VaultSecret(VAULT_PASSWORD.encode()))])
@@ -124,7 +125,9 @@ class Lab:
         chosen = dict(operators or [("default", operator(RIGHT))])
         keyring.update(
             host,
-            lambda _kept: HostSecrets(str(keyring.id), host, 1, b"\x5a" * 32, frozenset(), chosen),
+            lambda _kept: HostSecrets(
+                str(keyring.id), host, 1, b"\x5a" * 32, frozenset(), chosen, single_use=single_use
+            ),
         )
         return path
 

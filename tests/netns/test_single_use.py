@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -252,6 +252,16 @@ def test_the_lock_repeats_what_a_redirect_began(gated: Lab) -> None:
         assert [len(answers(gated, packet)) for packet in (first, syn(source, 4002, 8022), first)] == [1, 0, 1]
 
 
+@pytest.fixture
+def _one_processor() -> Iterator[None]:
+    """So that the host works through the packets in the order in which they are sent."""
+    processors = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(processors)})
+    yield
+    os.sched_setaffinity(0, processors)
+
+
+@pytest.mark.usefixtures("_one_processor")
 def test_closed_looks_closed_after_the_use(lab: Lab) -> None:
     """Byte for byte, for whatever a scanner sends, from new source ports and from the one that was let in."""
     for setting in ("net.ipv4.icmp_ratelimit=0", "net.ipv6.icmp.ratelimit=0"):

@@ -624,7 +624,9 @@ def plan_secrets(
     )
     if same == existing and not adopted:
         latest = replace(existing, packages=noted, single_use=existing.single_use or single_use)
-        return Plan(latest, latest != existing, (), tuple(warnings))
+        if latest == existing:
+            return Plan(existing, False, (), tuple(warnings))
+        return Plan(latest, True, (), tuple(warnings))
     avoid = frozenset(in_use) or existing.avoid
     changed = replace(
         same,

@@ -171,19 +171,35 @@ def test_an_inventory_that_is_a_program(fleet: Fleet) -> None:
 
 @pytest.mark.usefixtures("applied")
 @pytest.mark.parametrize(
-    ("play", "window"),
-    [({"strategy": "free"}, 7), ({"strategy": "host_pinned"}, 8), ({"serial": 1}, 6)],
+    ("play", "window", "single_use"),
+    [({"strategy": "free"}, 7, True), ({"strategy": "host_pinned"}, 8, False), ({"serial": 1}, 6, False)],
     ids=["free", "host_pinned", "serial"],
 )
-def test_a_change_in_every_way(fleet: Fleet, play: dict[str, object], window: int) -> None:
-    """A change goes through the whole trial, whatever the strategy."""
-    run = fleet.play(
-        fleet.write("change.yml", own_playbook(**play)),
-        inventory=fleet.directory / "own.yml",
-        variables={"knock_server_open_window": window},
-    )
-    assert run.status == 0, run.output
-    assert {host: numbers["changed"] for host, numbers in run.recap.items()} == dict.fromkeys(HOSTS, 1)
+def test_a_change_in_every_way(fleet: Fleet, play: dict[str, object], window: int, single_use: bool) -> None:
+    """A change goes through the whole trial, whatever the strategy; to single use and back, too."""
+
+    def run(*arguments: str) -> dict[str, int]:
+        done = fleet.play(
+            fleet.write("change.yml", own_playbook(**play)),
+            *arguments,
+            inventory=fleet.directory / "own.yml",
+            variables={"knock_server_open_window": window, "knock_server_single_use": single_use},
+            # Each task makes a connection of its own.
+            ANSIBLE_SSH_ARGS="-o ControlMaster=no -o ControlPath=none",
+        )
+        assert done.status == 0, done.output
+        return {host: numbers["changed"] for host, numbers in done.recap.items()}
+
+    # The keyring's note of single use is a change of its own; it goes with the proof of a gate that has none.
+    assert run() == dict.fromkeys(HOSTS, 2 if single_use else 1)
+    assert {host: fleet.secrets(host).get("single_use", False) for host in HOSTS} == dict.fromkeys(HOSTS, single_use)
+    assert not single_use or run() == dict.fromkeys(HOSTS, 0)
+    for host, family in PLACES:
+        target = fleet.hosts[host][family]
+        (source,) = fleet.sources.take(family)
+        connect = ["connect", source, target, SSH]
+        states = fleet.outside(["knock", source, target, fleet.knocks(host, "alice")], connect, connect)
+        assert states[-2:] == ["open", "silent" if single_use else "open"]
 
 
 @pytest.mark.usefixtures("applied")

@@ -99,6 +99,9 @@ NETWORKS = "expected networks such as 192.0.2.0/24 or 2001:db8::/32, without bit
         ("open_window", 2.5, f"{SECONDS} 5 to 86400; got 2.5."),
         ("tripwires", 0, "expected a whole number from 1 to 20000; got 0."),
         ("max_sources", -1, "expected a whole number from 1 to 16777216; got -1."),
+        ("single_use", "maybe", "expected true or false; got 'maybe'."),
+        ("single_use", 1, "expected true or false; got 1."),
+        ("single_use", None, "expected true or false; got None."),
         ("max_windows", False, "expected a whole number from 1 to 16777216; got False."),
         ("trusted_sources", "192.0.2.1", "expected a list such as [192.0.2.0/24]; got '192.0.2.1'."),
         ("trusted_sources", ["example.org"], f"{NETWORKS}; got 'example.org'."),
@@ -141,18 +144,27 @@ def test_bad_sequences(sequences: Any, message: str) -> None:
     assert not re.search(r"[0-9]{5}", str(caught.value))
 
 
+@pytest.mark.parametrize(("value", "expected"), [(True, True), (False, False), ("yes", True), ("False", False)])
+def test_single_use(value: object, expected: bool) -> None:
+    """As YAML and the command line give it."""
+    settings = settings_from({"single_use": value})
+    assert model(settings)["single_use"] is expected
+
+
 def test_the_model_is_plain_and_repeats_itself() -> None:
     settings = settings_from({"protected_ports": ["22/tcp", "2222/tcp", "51820/udp"]})
     one, two = model(settings), model(settings)
     assert one == two
     assert json.loads(json.dumps(one)) == one
     assert len(one["tripwires"]) == 2000
-    assert sorted(one) == [
+    assert set(one) == {
         *("closed_response", "guard", "look_tcp", "look_udp", "max_sources", "max_windows", "open_window"),
         *(
+            "begin_timeout",
             "operators",
             "protected_tcp",
             "protected_udp",
+            "single_use",
             "socket_wildcard",
             "step_timeout",
             "steps",
@@ -160,7 +172,7 @@ def test_the_model_is_plain_and_repeats_itself() -> None:
             "trusted4",
             "trusted6",
         ),
-    ]
+    }
 
 
 @pytest.mark.parametrize(

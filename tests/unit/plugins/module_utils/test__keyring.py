@@ -130,6 +130,15 @@ def test_packages_are_kept_where_there_are_any() -> None:
     assert "packages" not in FULL.describe()
 
 
+def test_single_use_is_kept_where_it_is() -> None:
+    noted = replace(FULL, single_use=True)
+    mapping = {**MAPPING, "single_use": True}
+    assert noted.to_mapping() == mapping
+    assert HostSecrets.from_mapping(mapping, "f.yml") == noted
+    assert noted.describe()["single_use"] is True
+    assert "single_use" not in {**FULL.to_mapping(), **FULL.describe()}
+
+
 DAMAGES: list[tuple[tuple[str, ...], object, str]] = [
     ((), None, "a mapping of format, keyring, host, generation, tripwires, operators as the file"),
     ((), ["48396/tcp"], "a mapping of format, keyring, host, generation, tripwires, operators as the file"),
@@ -146,6 +155,7 @@ DAMAGES: list[tuple[tuple[str, ...], object, str]] = [
     (("removed",), "yes", "true or false as removed"),
     (("packages",), "nftables", "a list of packages as packages"),
     (("packages",), ["--force"], "a list of packages as packages"),
+    (("single_use",), "yes", "true or false as single_use"),
     (("unknown",), 1, "a mapping of format, keyring, host, generation, tripwires, operators as the file"),
     (("tripwires",), [], "a mapping of seed, avoid as tripwires"),
     (("tripwires", "seed"), "48396", "64 hexadecimal digits as seed"),
@@ -374,6 +384,24 @@ def test_a_removed_host_is_live_again_with_the_same_sequences() -> None:
     again = plan(removed)
     assert again.changed
     assert again.secrets == replace(first, generation=2)
+
+
+def test_single_use_is_noted_at_once_and_forgotten_by_a_proof() -> None:
+    """While the host may have either gate, clients reckon with the one that needs more of them."""
+    assert plan(None, single_use=True).secrets.single_use
+    first = plan(None).secrets
+    noted = plan(first, single_use=True)
+    assert (noted.changed, noted.secrets) == (True, replace(first, single_use=True))
+    assert noted.secrets.fingerprint == first.fingerprint
+    assert not plan(noted.secrets, single_use=True).changed
+    kept = plan(noted.secrets, single_use=False)
+    assert (kept.changed, kept.secrets) == (False, noted.secrets)
+    assert plan(noted.secrets, operators=["default", "alice"]).secrets.single_use
+    assert plan(first, operators=["default", "alice"], single_use=True).secrets.single_use
+    assert kept.secrets.promoted(LATER) == noted.secrets
+    assert kept.secrets.promoted(LATER, single_use=False) == first
+    assert first.promoted(LATER, single_use=True) == noted.secrets
+    assert not noted.secrets.marked_removed().single_use
 
 
 def test_packages_are_noted_and_forgotten_without_a_new_generation() -> None:

@@ -8,6 +8,7 @@ import contextlib
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -174,6 +175,17 @@ def test_the_connection_that_opened_is_handed_over() -> None:
             # It is not only open on this side: the service has it, and ends it.
             assert sock.recv(1) == b""
     assert gate.accepted == 1
+
+
+def test_once_more_where_the_look_uses_up_what_it_saw() -> None:
+    with fake_gate(socket.AF_INET, ["tcp", "udp"]) as gate:
+        result = knock_with_any([gate.address], [gate.knocks], gate.port, 10, single_use=True)
+        assert (result.state, result.attempts) == ("open", 1)
+        deadline = time.monotonic() + 5
+        while len(gate.heard) < 2 * len(gate.knocks) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert gate.heard == [0, 1, 0, 1]
+        assert gate.accepted == 1
 
 
 def test_there_is_no_connection_where_it_does_not_open() -> None:

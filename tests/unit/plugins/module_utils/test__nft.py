@@ -15,6 +15,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
     close_window,
     listing_digests,
     normalise,
+    open_windows,
     read_listing,
     replace_transaction,
 )
@@ -105,6 +106,44 @@ def test_windows_that_can_t_be_kept(listing: dict[str, Any]) -> None:
 def test_a_text_without_windows_leaves_them(listing: dict[str, Any]) -> None:
     transaction = replace_transaction(f"table inet {TABLE} {{\n}}\n", listing)
     assert not any(f"{TABLE} {name}" in transaction for name in OPEN_SETS)
+
+
+USED_SETS = tuple(f"{kind}{family}" for kind in ("used", "begun_tcp", "begun_udp") for family in ("4", "6", "_ll6"))
+
+
+def single_use_text(size: int = 65536) -> str:
+    sets = "".join(f"  set {name} {{\n    size {size}\n  }}\n" for name in (*OPEN_SETS, *USED_SETS))
+    return f"table inet {TABLE} {{\n{sets}}}\n"
+
+
+@pytest.fixture
+def single_use(listing: dict[str, Any]) -> dict[str, Any]:
+    """The listing of a gate whose windows are good for one connection."""
+    sets = [{"set": {"name": name, "size": 65536, "flags": ["timeout"]}} for name in USED_SETS]
+    sets[0]["set"]["elem"] = [{"elem": {"val": "192.0.2.8", "timeout": 30, "expires": 20}}]
+    return {"nftables": [*listing["nftables"], *sets]}
+
+
+def test_used_windows_stay_used(single_use: dict[str, Any]) -> None:
+    for text_of in (single_use_text(), f"table inet {TABLE} {{\n}}\n"):
+        lines = replace_transaction(text_of, single_use).splitlines()
+        assert not any(line.endswith((*OPEN_SETS, *USED_SETS)) for line in lines if line.startswith("delete"))
+
+
+def test_no_window_of_a_single_use_gate_is_opened_again(single_use: dict[str, Any]) -> None:
+    """It may have been used up since it was listed; and an element without its limit would let everything through."""
+    for text_of in (single_use_text(1000), text(1000)):
+        lines = replace_transaction(text_of, single_use).splitlines()
+        assert {f"delete set inet {TABLE} {name}" for name in (*OPEN_SETS, *USED_SETS)} <= set(lines)
+        assert not any(line.startswith("add element") for line in lines)
+    assert open_windows(single_use_text(), single_use) == ""
+
+
+def test_windows_last_from_one_kind_of_gate_to_the_other(listing: dict[str, Any], single_use: dict[str, Any]) -> None:
+    there, back = replace_transaction(single_use_text(), listing), replace_transaction(text(), single_use)
+    assert not any(f"delete set inet {TABLE} {name}" in there + back for name in OPEN_SETS)
+    assert all(f"delete set inet {TABLE} {name}\n" in back for name in USED_SETS)
+    assert open_windows(single_use_text(), listing).count("add element") == 3
 
 
 def _handles(listing: dict[str, Any]) -> None:

@@ -32,7 +32,8 @@ SPOOFED = {4: "10.0.0.0/8", 6: "2001:db8:ff::/48"}
 
 @pytest.fixture
 def gated(lab: Lab) -> Lab:
-    """A single-use gate, and a way back to the spoofed sources."""
+    """A single-use gate, and a way back to the spoofed sources. The host says no SYN-ACK twice by itself."""
+    lab.host.run("sysctl", "-qw", "net.ipv4.tcp_synack_retries=0")
     lab.gate(single_use=True, open_window=60)
     spoofable(lab)
     return lab
@@ -63,15 +64,17 @@ def syn(source: str, sport: int, dport: int = SSH, flags: str = "S", **fields: A
 
 
 def answers(lab: Lab, *packets: Packet) -> list[Packet]:
-    """The SYN-ACKs that come back for these; the host repeats others."""
+    """The SYN-ACKs that come back for these."""
     asked = {packet[TCP].sport for packet in packets}
     lab.wire.drain()
     for packet in packets:
         lab.wire.send(packet)
-    received = lab.wire.received(0.5, lambda _: False)
-    return [
-        packet for packet in received if TCP in packet and str(packet[TCP].flags) == "SA" and packet[TCP].dport in asked
-    ]
+
+    def are(received: list[Packet]) -> list[Packet]:
+        tcp = [packet for packet in received if TCP in packet]
+        return [one for one in tcp if str(one[TCP].flags) == "SA" and one[TCP].dport in asked]
+
+    return are(lab.wire.received(0.5, lambda received: len(are(received)) == len(packets)))
 
 
 @pytest.mark.parametrize("probe", [{"socket_wildcard": True}, {"socket_wildcard": False}], ids=["socket", "no socket"])

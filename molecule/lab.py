@@ -33,8 +33,8 @@ PASSING = (
     *("/proc", "/sys", "/tmp", "/var/log", "/var/cache", "/var/lib/apt", "/var/lib/dpkg", "/var/lib/systemd"),
     *("*/.ansible", "*/__pycache__", "*/.sudo_as_admin_successful"),
 )
-# What packets have put into sets goes by itself.
-_WINDOWS = re.compile(r"^\s*elements = \{[^}]*\btimeout\b[^}]*\}\n", re.MULTILINE)
+# What packets have put into sets goes by itself: windows have a timeout of their own, records of openings a counter.
+_WINDOWS = re.compile(r"^\s*elements = \{[^}]*\b(?:timeout|counter)\b[^}]*\}\n", re.MULTILINE)
 _RECAP = re.compile(r"^(\S+)\s+: (.*)$", re.MULTILINE)
 
 

@@ -178,6 +178,13 @@ class Outside:
         self.held = socket.create_connection((target, port), ANSWER_SECONDS, (source, 0))
         return self.held.recv(64).decode(errors="replace").strip()
 
+    def wait(self, path: str, seconds: float) -> bool:
+        """Wait until the file is there; whether it came in time."""
+        deadline = time.monotonic() + seconds
+        while not os.path.exists(path) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return os.path.exists(path)
+
     def speak(self) -> bool:
         """Whether sshd still answers on the held connection: it sends its key exchange once it knows our version."""
         if self.held is None:

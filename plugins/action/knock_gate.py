@@ -11,6 +11,7 @@ from typing import Any
 
 from ansible import constants
 from ansible.errors import AnsibleActionFail, AnsibleError
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.utils.display import Display
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import (
@@ -38,6 +39,8 @@ from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import Ke
 display = Display()
 
 _CONNECTION = "fleet.portknock.knock_ssh"
+# What the result says of operators who were shut out.
+_SHUT = ("windows_closed", "sessions_ended", "sessions_left")
 
 
 class ActionModule(ConfirmedAction):
@@ -45,7 +48,7 @@ class ActionModule(ConfirmedAction):
 
     _module = "fleet.portknock.knock_gate"
     _timeout_option = "knock_server_confirm_timeout"
-    _internal = ("on_trial", "source_trusted", "ports_in_use", "listeners")
+    _internal = ("on_trial", "source_trusted", "ports_in_use", "listeners", "sessions")
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result: dict[str, Any] = super().run(tmp, task_vars)
@@ -99,15 +102,17 @@ class ActionModule(ConfirmedAction):
             "seconds": self._seconds(),
             "trusted": [*settings.trusted4, *settings.trusted6],
             "wanted": gate_texts(templates, self._backend(), settings, operators, entry, found),
+            "protected": [
+                *(f"{port}/tcp" for port in settings.protected_tcp),
+                *(f"{port}/udp" for port in settings.protected_udp),
+            ],
+            **self._shut(entry),
         }
         ssh = knock_ssh_of(self, self._vars)
         destination = ssh.destination()
         self._check_way_in(settings, destination, found, ssh.given_sequences(), entry.honoured(operators))
         gate = {
-            "protected": [
-                *(f"{port}/tcp" for port in settings.protected_tcp),
-                *(f"{port}/udp" for port in settings.protected_udp),
-            ],
+            "protected": payload["protected"],
             "closed_response": settings.closed_response,
             "trusted": payload["trusted"],
             "knocks": [str(knock) for knock in knocks],
@@ -116,7 +121,7 @@ class ActionModule(ConfirmedAction):
         if outcome.get("failed"):
             return outcome
         proof = outcome.get("proof")
-        if proof or not outcome["changed"]:
+        if proof or not outcome["reasons"]:
             # Unchanged, too: an earlier run may have died before it noted that the host has what the entry wants.
             self._promote(keyring, host, entry, settings.single_use)
         if proof:
@@ -130,6 +135,32 @@ class ActionModule(ConfirmedAction):
                     f"`ansible_connection: {_CONNECTION}` to the inventory, so that every play does."
                 )
         return outcome
+
+    def _shut_out(self, payload: Mapping[str, Any]) -> dict[str, Any]:
+        """What the host said of operators who were shut out when it confirmed."""
+        done = {key: self._confirmed[key] for key in (*_SHUT, "warnings") if key in self._confirmed}
+        if payload.get("shut") and not done.keys() >= set(_SHUT):
+            display.warning(
+                f"{self._vars['inventory_hostname']}: shut: the gate is confirmed, but the answer is lost that says whether open "
+                "windows and sessions were ended: run it again."
+            )
+        return done
+
+    def _shut(self, entry: HostSecrets) -> dict[str, Any]:
+        """What the host has to know of operators who are shut out; nothing where there are none."""
+        names = self._task.args.get("shut") or []
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise PortknockError(f"shut: expected a list of operators' names; got {names!r}.")
+        # Of whom the keyring knows nothing here, nothing can be open.
+        numbers = [number for number, name in enumerate(entry.operators, start=1) if name in names]
+        if not numbers:
+            return {}
+        try:
+            return {"shut": numbers, "end_sessions": boolean(self._task.args.get("end_sessions", False))}
+        except TypeError:
+            raise PortknockError(
+                f"end_sessions: expected true or false; got {self._task.args['end_sessions']!r}."
+            ) from None
 
     def _remove(self) -> dict[str, Any]:
         payload = {"run": self._run_id, "seconds": self._seconds()}
@@ -153,7 +184,7 @@ class ActionModule(ConfirmedAction):
             if self._place:
                 # So that a run that has nothing to change troubles no other host.
                 outcome = self._phase("compare", payload)
-                if outcome.get("failed") or not outcome["changed"]:
+                if outcome.get("failed") or not outcome["reasons"]:
                     return outcome
             if self._place or not destination.proxied:
                 view = self._scout(destination, further)
@@ -174,7 +205,12 @@ class ActionModule(ConfirmedAction):
             proof = self._prove(view, gate, outcome)
         except (PortknockError, OSError) as exc:
             return self._rolled_back(payload, str(exc)) or self._shown(outcome)
-        return self._confirm(payload) or self._shown(outcome) | ({"proof": proof} if proof else {})
+        # These sessions are the run's own, which it must not end where it ends operators' ones.
+        payload = {**payload, "sessions": outcome["sessions"]}
+        failure = self._confirm(payload)
+        if failure:
+            return failure
+        return self._shown(outcome) | self._shut_out(payload) | ({"proof": proof} if proof else {})
 
     def _prove(
         self, view: Mapping[str, Any] | None, gate: Mapping[str, Any] | None, outcome: Mapping[str, Any]

@@ -19,9 +19,11 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
     Plan,
     check_host_state,
+    check_not_all_expire,
     check_operators,
     check_packages,
     parse_given,
+    parse_valid_until,
     plan_secrets,
     read_host_state,
     utc_now,
@@ -59,6 +61,9 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "operator": {"type": "str"},
     "grace": {"type": "raw", "default": 0},
     "scope": {"type": "str", "default": ""},
+    # Raw, since the check of a dict takes texts apart.
+    "valid_until": {"type": "raw"},
+    "trusted_sources": {"type": "list", "elements": "str", "default": []},
 }
 
 
@@ -192,6 +197,9 @@ class ActionModule(ActionBase):
         """Return what was kept, and what became of it."""
         operators = check_operators(arguments["operators"])
         given = parse_given(arguments["sequences"], operators)
+        valid_until = arguments["valid_until"]
+        if valid_until is not None:
+            valid_until = parse_valid_until(valid_until, operators)
         protected = parse_knocks(arguments["protected_ports"], "knock_server_protected_ports")
         in_use = frozenset(_port(value) for value in arguments["ports_in_use"])
         packages = check_packages(arguments["packages"])
@@ -220,7 +228,10 @@ class ActionModule(ActionBase):
                 packages=packages,
                 single_use=arguments["single_use"],
                 readmit=arguments["readmit"],
+                valid_until=valid_until,
             )
+            if not arguments["trusted_sources"]:
+                check_not_all_expire(operators, plan.secrets)
             history.append((kept, plan))
             return plan.secrets
 

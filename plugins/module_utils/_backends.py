@@ -14,12 +14,17 @@ from typing import Any, Mapping, NamedTuple, Optional
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
     TABLE,
+    Opening,
+    Source,
     close_window,
+    forget_openings,
     is_dormant,
+    kept_elements,
     listing_digests,
-    open_windows,
+    openings,
     read_listing,
     replace_transaction,
+    windows,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import Peer
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Completed, Runner
@@ -54,9 +59,11 @@ _NEEDED = {
 # What it does better with; the templates have another way.
 _WANTED = {
     "socket_wildcard": "chain c { type filter hook prerouting priority -150; socket wildcard 0 accept; }",
+    "clock": "chain c { type filter hook prerouting priority -150; meta time >= 1767225600 meta time < 4102444800 accept; }",
 }
 # The kernel's reasons for refusing a rule; nft prints them after this phrase, and nothing of the rule with them.
 _KERNEL_REASON = re.compile(r"Could not process rule: ([A-Za-z ,'-]+)")
+_ELEMENT_COUNT = re.compile(r"\bcounter packets [0-9]+ bytes [0-9]+ (?=timeout |expires )")
 _NO_TABLE = "No such file or directory"
 _NOT_INSTALLED = 127
 _LINE = re.compile(r"^[^\n:]*:([0-9]+):[0-9]+", re.MULTILINE)
@@ -157,7 +164,8 @@ class Nftables:
         """The kernel's table as rules that can be loaded again; None where there is none or it can't be listed."""
         done = self._run([self.program, "list", "table", "inet", TABLE], None)
         start = done.stdout.find(f"table inet {TABLE} ")
-        return done.stdout[start:] if done.code == 0 and start >= 0 else None
+        # Over elements with counts nft 0.9.8 crashes.
+        return _ELEMENT_COUNT.sub("", done.stdout[start:]) if done.code == 0 and start >= 0 else None
 
     def accepts(self, text: str) -> bool:
         """Whether nft and the kernel would load what is kept on disk (see :meth:`boot_text`)."""
@@ -168,7 +176,7 @@ class Nftables:
         return listing_digests(listing)
 
     def load(self, text: str, listing: Optional[dict[str, Any]]) -> None:
-        """Put the text in place of what is loaded: one transaction, open windows stay.
+        """Put the text in place of what is loaded: one transaction; open windows and records of openings stay.
 
         :raises PortknockError: the kernel refuses it; then nothing has changed.
         """
@@ -179,7 +187,7 @@ class Nftables:
             done = self._run([self.program, "-f", "-"], replace_transaction(text, listing))
             if done.code < 0:
                 # nft 0.9.8 crashes over some of these before it has told the kernel anything.
-                done = self._run([self.program, "-f", "-"], self.boot_text(text) + open_windows(text, listing))
+                done = self._run([self.program, "-f", "-"], self.boot_text(text) + kept_elements(text, listing))
         if done.code != 0:
             raise PortknockError(f"The gate can't be loaded: nft refuses it ({_cause(done)}).")
 
@@ -197,9 +205,22 @@ class Nftables:
         for command in close_window(peer.address, peer.interface):
             self._run([self.program, "-f", "-"], command)
 
+    def windows(self, listing: Mapping[str, Any]) -> set[Source]:
+        """The sources that have an open window."""
+        return windows(listing)
+
+    def openings(self, listing: Mapping[str, Any]) -> list[Opening]:
+        """Who opened the gate from where."""
+        return openings(listing)
+
+    def forgetting(self, text: str) -> str:
+        """The text as :meth:`load` takes it, for a load that leaves no record of openings."""
+        return forget_openings(text)
+
     def restore_command(self, path: str) -> str:
         """Shell command that loads a kept text (see :meth:`boot_text`)."""
-        return f"{self.program} -f {path}"
+        # What the kernel listed has its times in UTC.
+        return f"TZ=UTC {self.program} -f {path}"
 
     def unload_text(self) -> str:
         """What :meth:`restore_command` loads to leave nothing."""

@@ -33,8 +33,9 @@ class Change:
         """What would change, as a task's result (see :func:`planned`)."""
         raise NotImplementedError
 
-    def settled(self) -> None:
-        """There is nothing to change."""
+    def settled(self) -> Optional[dict[str, Any]]:
+        """There is nothing to change; returns what is to stand in the result besides."""
+        raise NotImplementedError
 
     def begin(self) -> dict[str, Any]:
         """Arm the way back and put the change that :meth:`plan` found on trial.
@@ -43,8 +44,8 @@ class Change:
         """
         raise NotImplementedError
 
-    def confirm(self) -> None:
-        """Make it the state that a reboot brings back, and disarm."""
+    def confirm(self) -> Optional[dict[str, Any]]:
+        """Make it the state that a reboot brings back, and disarm; returns what is to stand in the result besides."""
         raise NotImplementedError
 
     def outcome(self) -> Optional[str]:
@@ -64,8 +65,7 @@ def run_change(phase: str, change: Change, trial: Trial, run: str, check_mode: b
         return {"changed": False, "outcome": change.outcome()}
     if phase == "confirm":
         with trial.turn(run):
-            change.confirm()
-        return {"changed": True}
+            return {"changed": True, **(change.confirm() or {})}
     if check_mode:
         return change.preview()
     # ssh repeats a command whose connection was cut: what the first one did is undone.
@@ -74,7 +74,7 @@ def run_change(phase: str, change: Change, trial: Trial, run: str, check_mode: b
         with trial.turn(run):
             result = change.plan()
             if not result["changed"]:
-                change.settled()
+                result.update(change.settled() or {})
             elif phase == "apply":
                 result.update(change.begin(), on_trial=True)
             return result

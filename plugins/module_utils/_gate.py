@@ -27,6 +27,9 @@ SHORTEST_WINDOW = 5
 LONGEST_SECONDS = 86400
 MOST_TRIPWIRES = 20000
 LARGEST_SET = 2**24
+LONGEST_AUDIT_DAYS = 3650
+# A clock that says less is wrong: no gate that lets operators expire is as old (2026-01-01T00:00:00Z).
+EARLIEST_TIME = 1767225600
 
 # How long the first packet of the flow that used up a window may be said again: clients repeat it after 1, 3 and 7 s.
 BEGIN_TIMEOUT = 8
@@ -58,13 +61,14 @@ _Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 class Honoured(NamedTuple):
     """What a gate honours of one operator.
 
-    ``number`` tells operators apart in the kernel and stays the operator's own on that host; ``sequences`` are newest first;
-    ``valid_until`` is in seconds since 1970, UTC.
+    ``number`` tells operators apart in the kernel and stays the operator's own on that host; ``sequences`` are newest first.
+    ``valid_until`` is in seconds since 1970, UTC; a host whose clock is before ``valid_from`` lets nobody in who expires.
     """
 
     number: int
     sequences: Sequence[Sequence[Knock]]
     valid_until: Optional[int] = None
+    valid_from: int = EARLIEST_TIME
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class GateSettings:
     max_sources: int = 262144
     max_windows: int = 65536
     single_use: bool = False
+    audit_days: int = 30
 
     @property
     def protected(self) -> frozenset[int]:
@@ -116,6 +121,7 @@ def settings_from(options: Mapping[str, object]) -> GateSettings:
         max_sources=_number(options, "max_sources", 1, LARGEST_SET),
         max_windows=_number(options, "max_windows", 1, LARGEST_SET),
         single_use=_flag(options, "single_use"),
+        audit_days=_number(options, "audit_days", 0, LONGEST_AUDIT_DAYS, " of days"),
     )
 
 
@@ -130,9 +136,18 @@ def build_model(
 
     :param operators: what opens, by operator.
     :param avoid: ports that are in use on the host: neither a tripwire nor a stand-in is made of them.
-    :param probe: what the host can do: ``socket_wildcard`` (nft and kernel can tell a listening socket from another).
-    :raises PortknockError: sequences that can't be told apart, or that hold a protected port.
+    :param probe: what the host can do: ``socket_wildcard`` (nft and kernel can tell a listening socket from another),
+        ``clock`` (its rules can ask for the time).
+    :raises PortknockError: sequences that can't be told apart, or that hold a protected port; an operator who expires on a host
+        whose rules can't.
     """
+    if probe.get("clock") is False:
+        expiring = sorted(name for name, operator in operators.items() if operator.valid_until is not None)
+        if expiring:
+            raise PortknockError(
+                f"{_OPTION}valid_until: expected a host whose nft and kernel can compare the time in a rule (meta time); "
+                f"this one's can't, so it would never shut out {', '.join(expiring)}."
+            )
     steps = _automaton(settings, operators)
     in_sequences = {knock.port for operator in operators.values() for knocks in operator.sequences for knock in knocks}
     barred = settings.protected | in_sequences | avoid
@@ -155,8 +170,14 @@ def build_model(
         "open_window": settings.open_window,
         "max_sources": settings.max_sources,
         "max_windows": settings.max_windows,
+        "audit_days": settings.audit_days,
         "operators": [
-            {"name": name, "number": f"{operator.number:x}", "valid_until": operator.valid_until}
+            {
+                "name": name,
+                "number": f"{operator.number:x}",
+                "valid_until": operator.valid_until,
+                "valid_from": operator.valid_from,
+            }
             for name, operator in sorted(operators.items())
         ],
         "steps": steps,
@@ -322,6 +343,7 @@ def _pair(protected: Sequence[int], stand_ins: Sequence[int], settings: GateSett
 
 __all__ = (
     "CLOSED_RESPONSES",
+    "EARLIEST_TIME",
     "GUARDS",
     "LONGEST_SECONDS",
     "SHORTEST_WINDOW",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from types import MappingProxyType
 from typing import Any, Mapping, NamedTuple, Optional
 
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import CONFIG_FOLDER, UNIT_FOLDER, Nftables
@@ -41,13 +42,15 @@ class Wanted(NamedTuple):
     """The gate that a host is to have.
 
     ``texts`` are the rendered files, by the names that the back end gives them; ``keyring``, ``generation`` and
-    ``fingerprint`` say whose secrets these are, so that a stale keyring is noticed.
+    ``fingerprint`` say whose secrets these are, so that a stale keyring is noticed. ``operators`` are the names of those who
+    may knock, by their number in hexadecimal digits.
     """
 
     texts: Mapping[str, str]
     keyring: str
     generation: int
     fingerprint: str
+    operators: Mapping[str, str] = MappingProxyType({})
 
 
 class Found(NamedTuple):
@@ -133,7 +136,10 @@ class GateHost:
         self.check(wanted)
         committed = f"cmp -s {shlex.quote(self._gate)} {shlex.quote(self.trial.path('committed'))}"
         self._begin(run, seconds, "applied", committed, found, wanted.texts["closed"])
-        self._backend.load(wanted.texts["gate"], found.listing)
+        write_text(self.trial.path("names"), _as_text(_names(found.state, wanted)), 0o600)
+        text = wanted.texts["gate"]
+        # A number that is another operator's from now on must not put former openings down to them.
+        self._backend.load(self._backend.forgetting(text) if _renames(found.state, wanted) else text, found.listing)
         write_text(self.trial.path("loaded"), _as_text(self._digests()), 0o600)
 
     def confirm(self, wanted: Wanted, run: str) -> None:
@@ -155,10 +161,15 @@ class GateHost:
         self._systemctl("daemon-reload")
         # They answer before the gate is kept: one that nobody watches over would not stay closed.
         self._systemctl("restart", *self._backend.services)
-        text = self._boot_text(wanted, digests, run)
+        text = self._boot_text(wanted, digests, run, _names(_state_in(read_text(self._gate) or ""), wanted))
         write_text(self.trial.path("committed"), text, 0o600)
         write_text(self._gate, text, 0o600)
         self.trial.end()
+
+    def names(self, found: Found) -> Mapping[str, str]:
+        """The names of the operators whom the loaded gate's numbers mean, those of former gates among them."""
+        on_trial = read_text(self.trial.path("names"))
+        return _recorded(found.state) if on_trial is None else _mapping(on_trial)
 
     def outcome(self, run: str, removal: bool) -> Optional[str]:
         """What became of a run's change: ``confirmed`` or ``restored``; None while it is still on trial."""
@@ -254,13 +265,14 @@ class GateHost:
             return self._backend.boot_text(closed)
         return self._backend.unload_text()
 
-    def _boot_text(self, wanted: Wanted, digests: Mapping[str, str], run: str) -> str:
+    def _boot_text(self, wanted: Wanted, digests: Mapping[str, str], run: str, names: Mapping[str, str]) -> str:
         state = {
             "backend": self._backend.name,
             "digests": digests,
             "fingerprint": wanted.fingerprint,
             "generation": wanted.generation,
             "keyring": wanted.keyring,
+            "operators": names,
             "run": run,
             "version": self._backend.version(),
         }
@@ -327,11 +339,34 @@ def _as_text(value: Mapping[str, Any]) -> str:
 def _state_in(boot_text: str) -> Mapping[str, Any]:
     """What was recorded of a gate when it was confirmed."""
     line = next((line for line in boot_text.splitlines() if line.startswith(_STATE_MARK)), _STATE_MARK)
+    return _mapping(line[len(_STATE_MARK) :])
+
+
+def _mapping(text: str) -> Mapping[str, Any]:
     try:
-        state = json.loads(line[len(_STATE_MARK) :])
+        value = json.loads(text)
     except ValueError:
         return {}
-    return state if isinstance(state, dict) else {}
+    return value if isinstance(value, dict) else {}
+
+
+def _recorded(state: Mapping[str, Any]) -> Mapping[str, str]:
+    """The operators' names in a state, by number; none in one that an earlier release wrote."""
+    operators = state.get("operators")
+    return operators if isinstance(operators, dict) else {}
+
+
+def _renames(former: Mapping[str, Any], wanted: Wanted) -> bool:
+    """Whether a number means another operator than it did."""
+    names = _recorded(former)
+    return former.get("keyring") != wanted.keyring or any(
+        names.get(number, name) != name for number, name in wanted.operators.items()
+    )
+
+
+def _names(former: Mapping[str, Any], wanted: Wanted) -> dict[str, str]:
+    """Names by number, with those of operators who are no longer there: what they opened is still on record."""
+    return {**({} if _renames(former, wanted) else _recorded(former)), **wanted.operators}
 
 
 def _is_private(*paths: str) -> bool:

@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any, Optional
 
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import back_end
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import Nftables, back_end
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._host import GateHost
+from ansible_collections.fleet.portknock.plugins.module_utils._host import Found, GateHost
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
     global_ipv6_addresses,
     ports_in_use,
@@ -27,6 +28,7 @@ _FIREWALL_TRACES = {
     "netfilter-persistent": "/etc/systemd/system/multi-user.target.wants/netfilter-persistent.service",
 }
 _UFW_SETTINGS = "/etc/ufw/ufw.conf"
+_TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 _CONNTRACK = "/proc/sys/net/netfilter"
 
 
@@ -59,6 +61,7 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
             "generation": found.state.get("generation", 0),
             "fingerprint": found.state.get("fingerprint"),
         },
+        "openings": _openings(enforcer, host, found),
         "backend": {
             "name": backend,
             "version": found.version,
@@ -76,6 +79,23 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
             "maximum": _number(f"{_CONNTRACK}/nf_conntrack_max"),
         },
     }
+
+
+def _openings(enforcer: Nftables, host: GateHost, found: Found) -> list[dict[str, Any]]:
+    """Who opened the gate, the latest first."""
+    if found.listing is None:
+        return []
+    names, now, windows = host.names(found), time.time(), enforcer.windows(found.listing)
+    return [
+        {
+            "operator": names.get(record.number),
+            "source": str(record.source),
+            "last": time.strftime(_TIME_FORMAT, time.gmtime(now - record.ago)),
+            "count": record.times,
+            "open": record.source in windows,
+        }
+        for record in sorted(enforcer.openings(found.listing), key=lambda record: (record.ago, str(record.source)))
+    ]
 
 
 def _firewalls() -> list[str]:

@@ -20,7 +20,7 @@ from time import gmtime, strftime, strptime
 from typing import AbstractSet, Mapping, NamedTuple, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._gate import Honoured
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import EARLIEST_TIME, Honoured
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import (
     DEFAULT_LENGTH,
@@ -44,6 +44,9 @@ _OPERATORS_OPTION = "knock_server_operators"
 _SEQUENCES_OPTION = "knock_server_sequences"
 _ADOPT_OPTION = "knock_server_adopt"
 _READMIT_OPTION = "knock_server_readmit"
+_VALID_UNTIL_OPTION = "knock_server_valid_until"
+# How far a host's clock may be behind the controller's before it counts as wrong.
+_CLOCK_SECONDS = 86400
 _REMEDY = f"Use the keyring that the gate came from, or set {_ADOPT_OPTION} to give the host new secrets."
 _OPERATOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 # A keyring inside a folder that is an inventory source is read by Ansible as inventory; under one of these names an
@@ -104,6 +107,10 @@ class Operator:
     def honoured(self) -> tuple[StoredSequence, ...]:
         """Every sequence that the gate is to honour, newest first."""
         return (self.next, self.current) if self.next is not None and self.both else (self.wanted,)
+
+    def has_expired(self, now: str) -> bool:
+        """Whether the host has shut the operator out by itself."""
+        return self.valid_until is not None and self.valid_until <= now
 
     def promoted(self, now: str) -> Operator:
         """Return this after the gate was proved and confirmed with what is honoured."""
@@ -204,7 +211,10 @@ class HostSecrets:
                 f"knock_operator: expected an operator that the keyring knows on {self.host} "
                 f"({', '.join(self.operators)}); got {operator!r}."
             )
+        now = utc_now()
         chosen = [(name, entry) for name, entry in self.operators.items() if operator in (None, name)]
+        # Whose time is over comes last; the host's clock is what counts.
+        chosen.sort(key=lambda item: item[1].has_expired(now))
         active = [(name, entry) for name, entry in chosen if entry.active]
         return [
             *((name, entry.current.knocks) for name, entry in active),
@@ -231,6 +241,7 @@ class HostSecrets:
                 number=numbers[name],
                 sequences=[stored.knocks for stored in self.operators[name].honoured],
                 valid_until=_optional_seconds(self.operators[name].valid_until),
+                valid_from=_valid_from(self.operators[name]),
             )
             for name in operators
             if not self.operators[name].revoked
@@ -239,10 +250,16 @@ class HostSecrets:
     def to_prove(self, operators: Sequence[str]) -> tuple[Knock, ...]:
         """Return the sequence that a proof of the gate uses: one that is new there, where there is any.
 
-        :raises PortknockError: as :meth:`honoured`.
+        :raises PortknockError: as :meth:`honoured`, or each one's time is over.
         """
-        names = list(self.honoured(operators))
-        # One that expires may have done so.
+        now = utc_now()
+        names = [name for name in self.honoured(operators) if not self.operators[name].has_expired(now)]
+        if not names:
+            raise PortknockError(
+                f"{_VALID_UNTIL_OPTION}: expected an operator of {self.host} whose time is not over, since the proof knocks with "
+                "their sequence; got none."
+            )
+        # One that expires may do so meanwhile.
         names.sort(key=lambda name: (not self._is_new(name), self.operators[name].valid_until is not None))
         return self.operators[names[0]].wanted.knocks
 
@@ -415,6 +432,55 @@ def check_packages(values: object) -> tuple[str, ...]:
     return tuple(str(name) for name in values)
 
 
+def parse_valid_until(value: object, operators: Sequence[str]) -> dict[str, str]:
+    """Read until when operators may knock: name to a UTC time such as 2026-12-31T23:59:59Z.
+
+    :raises PortknockError: not such a mapping, or an operator that isn't in ``operators``.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise PortknockError(
+            f"{_VALID_UNTIL_OPTION}: expected a mapping from an operator's name to a UTC time; got {value!r}."
+        )
+    unknown = [str(name) for name in value if name not in operators]
+    if unknown:
+        raise PortknockError(
+            f"{_VALID_UNTIL_OPTION}: expected operators that {_OPERATORS_OPTION} names ({', '.join(operators)}); "
+            f"got {', '.join(unknown)}."
+        )
+    return {str(name): _time(time, f"{_VALID_UNTIL_OPTION}, operator {name}") for name, time in value.items()}
+
+
+def check_not_all_expire(operators: Sequence[str], secrets: HostSecrets) -> None:
+    """Refuse to let every operator of a host expire: nobody could get in then.
+
+    :raises PortknockError: each has a time.
+    """
+    honoured = [name for name in operators if not secrets.operators[name].revoked]
+    if all(secrets.operators[name].valid_until for name in honoured):
+        raise PortknockError(
+            f"{_VALID_UNTIL_OPTION}: expected an operator of {secrets.host} without an expiry, or knock_server_trusted_sources, "
+            f"so that somebody can always get in; got a time for each of {', '.join(honoured)}."
+        )
+
+
+def _time(value: object, option: str) -> str:
+    # YAML makes a time of one that isn't quoted, and what it makes of it has lost how it was written.
+    if isinstance(value, str) and _TIME.fullmatch(value):
+        try:
+            seconds = seconds_since_1970(value)
+        except ValueError:
+            seconds = 0
+        # Before that a host's clock counts as wrong.
+        if seconds > EARLIEST_TIME:
+            return str(value)
+    earliest = strftime(TIME_FORMAT, gmtime(EARLIEST_TIME))
+    raise PortknockError(
+        f"{option}: expected a UTC time after {earliest} such as '2026-12-31T23:59:59Z', in quotes; got {str(value)!r}."
+    )
+
+
 def parse_given(value: object, operators: Sequence[str]) -> dict[str, tuple[Knock, ...]]:
     """Read the sequences that a person gave: operator name to list of ``port/proto``.
 
@@ -534,6 +600,7 @@ def plan_secrets(
     * An entry that was marked removed is live again.
     * Packages are noted, and so is a gate that is to be a single-use one; neither changes secrets, so the generation stays.
       That it is one no more is noted by :meth:`HostSecrets.promoted`: until then clients have to reckon with it.
+    * ``valid_until`` gives each operator that it names a time, and takes those of others away; None leaves them as they are.
 
     :param now: the time, for what is created, such as 2026-01-31T08:15:00Z.
     :param state: what the host's gate says of itself. A generation beyond the entry's (an adopted host) is passed by.
@@ -596,8 +663,13 @@ def plan_secrets(
                     f"knock_server_sequence_length: the sequence of operator {name} on {host} keeps its "
                     f"{len(entry.wanted.knocks)} knocks; {length} take effect when it is rotated."
                 )
-    expiries = valid_until or {}
-    planned = {name: replace(entry, valid_until=expiries.get(name)) for name, entry in planned.items()}
+    if valid_until is not None:
+        planned = {name: replace(entry, valid_until=valid_until.get(name)) for name, entry in planned.items()}
+        warnings += [
+            f"{_VALID_UNTIL_OPTION}: the time of {name} on {host} is over since {planned[name].valid_until}: they are shut out."
+            for name in names
+            if planned[name].has_expired(now)
+        ]
     _check_first_knocks({name: [stored.knocks for stored in planned[name].honoured] for name in names})
     for name, former in known.items():
         planned.setdefault(name, replace(former, active=False))
@@ -664,6 +736,15 @@ def _fingerprinted(operator: Operator) -> object:
     if len(sequences) == 1 and operator.valid_until is None:
         return sequences[0]
     return [sequences, operator.valid_until]
+
+
+def _valid_from(operator: Operator) -> int:
+    """Before when the clock of a host with an operator who expires is wrong beyond doubt: the sequence had not been made."""
+    if operator.valid_until is None:
+        return EARLIEST_TIME
+    # A sequence that is given may be written down anew by every run, and the rules must not change with it.
+    made = [seconds_since_1970(stored.created) for stored in operator.honoured if stored.source == GENERATED]
+    return max([EARLIEST_TIME, *(time - _CLOCK_SECONDS for time in made)])
 
 
 def _is_operator(name: object) -> bool:
@@ -834,11 +915,13 @@ __all__ = (
     "Plan",
     "StoredSequence",
     "check_host_state",
+    "check_not_all_expire",
     "check_not_all_revoked",
     "check_operators",
     "check_packages",
     "check_same_secrets",
     "parse_given",
+    "parse_valid_until",
     "plan_secrets",
     "read_host_state",
     "seconds_since_1970",

@@ -9,24 +9,57 @@ import ipaddress
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 TABLE = "fleet_portknock"
-# The sets that outlive a change of the ruleset.
+# The sets that outlive a change of the ruleset: the open windows, and who opened them.
 _OPEN_SETS = ("open4", "open6", "open_ll6")
 # With single use, these do so too: what uses up a window while the rules change must find what others did before.
 _USED_SETS = tuple(f"{name}{family}" for name in ("used", "begun_tcp", "begun_udp") for family in ("4", "6", "_ll6"))
+_RECORD_SETS = ("opened4", "opened6", "opened_ll6")
 # What differs from one load of the same text to the next, or counts.
 _VOLATILE = frozenset(("handle", "position", "index", "packets", "bytes", "count", "metainfo", "expires"))
 _SIZE = re.compile(r"\bsize\s+([0-9]+)", re.ASCII)
+_TIMEOUT = re.compile(r"\btimeout\s+([0-9]+)([dhms])", re.ASCII)
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+class Source(NamedTuple):
+    """Where packets come from: an address, and for a link-local one the name of the interface that it is on."""
+
+    address: str
+    interface: Optional[str] = None
+
+    def __str__(self) -> str:
+        return f"{self.address}%{self.interface}" if self.interface else self.address
+
+
+class Opening(NamedTuple):
+    """That an operator opened the gate from a source.
+
+    ``number`` is the operator's, in hexadecimal digits as the rules have it; ``ago`` says how many seconds the last time
+    is past, ``times`` how often it was, None where that was lost.
+    """
+
+    number: str
+    source: Source
+    ago: int
+    times: Optional[int]
+
+
+class _Shape(NamedTuple):
+    """What a set that outlives the rules can't change about itself: its size, and its elements' timeout in seconds."""
+
+    size: Optional[int]
+    timeout: Optional[int]
 
 
 def replace_transaction(table_text: str, existing: Optional[Mapping[str, Any]]) -> str:
     """The text of the one transaction that puts ``table_text`` in place of the table that is loaded.
 
-    The open windows stay as they are. Where the new text gives one of their sets another size, which nft can't change,
-    the set is made anew with its elements and the time that each has left. Those of a single-use gate are made anew without:
-    a window may have been used up since it was listed.
+    The open windows and the records of openings stay as they are. Where the new text gives one of their sets another size
+    or timeout, which nft can't change, the set is made anew with its elements and the time that each has left. Windows of a
+    single-use gate are then left out: one may have been used up since it was listed.
 
     :param table_text: one ``table inet fleet_portknock { ... }`` block.
     :param existing: what ``nft -j list table inet fleet_portknock`` printed; None where there is no such table.
@@ -37,37 +70,73 @@ def replace_transaction(table_text: str, existing: Optional[Mapping[str, Any]]) 
         # Nothing to keep, and nft 0.9.8 crashes where it should put the gate in place of the table for a boot that fails.
         return f"delete table inet {TABLE}\n{table_text}"
     # A text without windows, the one for a boot that fails, leaves them alone.
-    has_windows = _wanted_size(table_text, _OPEN_SETS[0]) is not None
+    has_windows = _wanted_shape(table_text, _OPEN_SETS[0]) is not None
     lines = [f"flush table inet {TABLE}"]
     elements = []
     for kind, found in _objects(existing):
         if kind not in ("set", "map"):
             continue
         name = found["name"]
-        if name in (*_OPEN_SETS, *_USED_SETS):
-            size = _wanted_size(table_text, name)
-            if not has_windows or size == found.get("size"):
+        if name in (*_OPEN_SETS, *_USED_SETS, *_RECORD_SETS):
+            wanted = _wanted_shape(table_text, name)
+            if not has_windows or wanted == _Shape(found.get("size"), found.get("timeout")):
                 continue
-            if name in _OPEN_SETS and not _is_single_use(existing):
-                elements.extend(_add_elements(name, found.get("elem", ()), size))
+            if name in _kept_sets(existing):
+                elements.extend(_add_elements(found, wanted))
         lines.append(f"delete {kind} inet {TABLE} {name}")
     # After the maps, whose verdicts may lead to chains.
     lines.extend(f"delete chain inet {TABLE} {found['name']}" for kind, found in _objects(existing) if kind == "chain")
     return "\n".join((*lines, table_text.rstrip("\n"), *elements)) + "\n"
 
 
-def open_windows(table_text: str, existing: Mapping[str, Any]) -> str:
-    """Commands that open the windows of a listing again, in a table made anew, for the time that each has left.
+def kept_elements(table_text: str, existing: Mapping[str, Any]) -> str:
+    """Commands that add the windows and records of a listing again, in a table made anew, for the time that each has left.
 
-    None for a single-use gate's: one may have been used up since it was listed.
+    Without the records' counts, over which nft 0.9.8 crashes, and without a single-use gate's windows, one of which may have
+    been used up since it was listed.
     """
-    if _is_single_use(existing):
-        return ""
     return "".join(
         f"{command}\n"
         for kind, found in _objects(existing)
+        if kind == "set" and found["name"] in _kept_sets(existing)
+        for command in _add_elements(found, _wanted_shape(table_text, found["name"]), counts=False)
+    )
+
+
+def windows(listing: Mapping[str, Any]) -> set[Source]:
+    """The sources that have an open window."""
+    return {
+        Source(key[-1], key[0] if len(key) > 1 else None)
+        for kind, found in _objects(listing)
         if kind == "set" and found["name"] in _OPEN_SETS
-        for command in _add_elements(found["name"], found.get("elem", ()), _wanted_size(table_text, found["name"]))
+        for key, _element in _elements(found)
+    }
+
+
+def openings(listing: Mapping[str, Any]) -> list[Opening]:
+    """Who opened the gate from where: one record a source and operator."""
+    records = []
+    for kind, found in _objects(listing):
+        if kind == "set" and found["name"] in _RECORD_SETS:
+            for key, element in _elements(found):
+                lasts = element.get("timeout", found.get("timeout", 0))
+                records.append(
+                    Opening(
+                        number=key[-1].rpartition(":")[2],
+                        source=Source(key[-2], key[0] if len(key) > 2 else None),
+                        ago=max(0, lasts - element["expires"]),
+                        times=element.get("counter", {}).get("packets"),
+                    )
+                )
+    return records
+
+
+def forget_openings(table_text: str) -> str:
+    """The text with commands behind it that empty its records of openings."""
+    return (
+        table_text.rstrip("\n")
+        + "".join(f"\nflush set inet {TABLE} {name}" for name in _RECORD_SETS if _wanted_shape(table_text, name))
+        + "\n"
     )
 
 
@@ -133,6 +202,11 @@ def close_window(address: str, interface: Optional[str]) -> list[str]:
     return [f"delete element inet {TABLE} open6 {{ {source} }}\n"]
 
 
+def _kept_sets(listing: Mapping[str, Any]) -> tuple[str, ...]:
+    """The sets whose elements may be added again."""
+    return _RECORD_SETS if _is_single_use(listing) else (*_OPEN_SETS, *_RECORD_SETS)
+
+
 def _is_single_use(listing: Mapping[str, Any]) -> bool:
     return any(kind == "set" and found["name"] in _USED_SETS for kind, found in _objects(listing))
 
@@ -144,30 +218,45 @@ def _objects(listing: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
                 yield kind, found
 
 
-def _wanted_size(table_text: str, name: str) -> Optional[int]:
+def _wanted_shape(table_text: str, name: str) -> Optional[_Shape]:
     block = re.search(r"\bset\s+" + name + r"\s*\{([^{}]*)", table_text)
-    size = _SIZE.search(block.group(1)) if block else None
-    return int(size.group(1)) if size else None
+    if block is None:
+        return None
+    size, timeout = _SIZE.search(block.group(1)), _TIMEOUT.search(block.group(1))
+    return _Shape(
+        int(size.group(1)) if size else None, int(timeout.group(1)) * _UNITS[timeout.group(2)] if timeout else None
+    )
 
 
-def _add_elements(name: str, elements: Any, size: Optional[int]) -> list[str]:
-    """Commands that add elements of a listing again, those that last longest first: a smaller set may not hold all."""
-    live = []
-    for entry in elements:
+def _elements(found: Mapping[str, Any]) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """The elements of a set whose time isn't over, each with the parts of its key."""
+    for entry in found.get("elem", ()):
         element = entry.get("elem") if isinstance(entry, dict) else None
-        if not isinstance(element, dict) or not element.get("expires"):
-            continue
-        value = element["val"]
-        parts = value["concat"] if isinstance(value, dict) else [value]
-        # An interface that has gone is listed by its number, which nft doesn't take back.
-        if all(isinstance(part, str) for part in parts):
-            quoted = [f'"{part}"' for part in parts[:-1]]
-            live.append((element["expires"], element["timeout"], " . ".join((*quoted, parts[-1]))))
+        if isinstance(element, dict) and element.get("expires"):
+            value = element["val"]
+            # An interface that has gone is listed by its number.
+            yield [str(part) for part in (value["concat"] if isinstance(value, dict) else [value])], element
+
+
+def _add_elements(found: Mapping[str, Any], wanted: Optional[_Shape], counts: bool = True) -> list[str]:
+    """Commands that add a listed set's elements again, those that last longest first: a smaller set may not hold all."""
+    name, live = found["name"], []
+    if wanted is None:
+        return []
+    for parts, element in _elements(found):
+        if name in ("open_ll6", "opened_ll6"):
+            if parts[0].isdecimal():
+                continue  # nft doesn't take an interface's number back
+            parts[0] = f'"{parts[0]}"'
+        timeout, expires = element.get("timeout", found.get("timeout")), element["expires"]
+        if wanted.timeout is not None:
+            timeout, expires = wanted.timeout, expires + wanted.timeout - timeout
+        if expires > 0:
+            count = element.get("counter") if counts else None
+            text = f"counter packets {count['packets']} bytes {count['bytes']} " if count else ""
+            live.append((expires, timeout, f"{' . '.join(parts)} {text}timeout {timeout}s expires {expires}s"))
     live.sort(reverse=True)
-    return [
-        f"add element inet {TABLE} {name} {{ {key} timeout {timeout}s expires {expires}s }}"
-        for expires, timeout, key in live[:size]
-    ]
+    return [f"add element inet {TABLE} {name} {{ {text} }}" for _expires, _timeout, text in live[: wanted.size]]
 
 
 def _stable(value: Any) -> Any:
@@ -191,11 +280,16 @@ def _text(value: Any) -> str:
 
 __all__ = (
     "TABLE",
+    "Opening",
+    "Source",
     "close_window",
+    "forget_openings",
     "is_dormant",
+    "kept_elements",
     "listing_digests",
     "normalise",
-    "open_windows",
+    "openings",
     "read_listing",
     "replace_transaction",
+    "windows",
 )

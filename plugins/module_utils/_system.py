@@ -44,7 +44,8 @@ def run(argv: Sequence[str], stdin: Optional[str] = None, timeout: float = PROGR
             check=False,
             text=True,
             timeout=timeout,
-            env=dict(os.environ, LC_ALL="C", PATH=SEARCH_PATH),
+            # nft lists times as local ones, which are to be the same for every caller.
+            env=dict(os.environ, LC_ALL="C", PATH=SEARCH_PATH, TZ="UTC"),
         )
     except FileNotFoundError:
         return Completed(127, "", "")

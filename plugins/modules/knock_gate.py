@@ -76,6 +76,24 @@ options:
       - What M(fleet.portknock.knock_gate_info) reported of this host.
       - Required with O(state=applied).
     type: dict
+  shut:
+    description:
+      - Operators who are shut out, by their names in the keyring. Once the gate is confirmed, and where it has nothing to change,
+        too, the host closes the open windows of every source that they have opened it from, by what it has on record, and
+        those of which it has no record.
+      - One of whom the keyring knows nothing on this host is passed over. Whether their sequences are still honoured
+        is what the keyring and O(operators) say.
+    type: list
+    elements: str
+    default: []
+  end_sessions:
+    description:
+      - With O(shut), end the tcp sessions with the protected ports, too, that come from those sources. Never the ones that this
+        run came through.
+      - Needs C(ss) (iproute2) and a kernel that ends other programs' sockets (C(INET_DIAG_DESTROY)). What goes on is counted and
+        a warning.
+    type: bool
+    default: false
   phase:
     description:
       - Which step the host is asked to do; the action plugin sets it. V(scout), V(prove) and V(prove_removed) are for the
@@ -102,6 +120,16 @@ EXAMPLES = r"""
     operators: [default]
     templates: "{{ role_path }}/templates"
     found: "{{ found }}"
+
+- name: Shut an operator out who is no longer one, and end what they have open
+  fleet.portknock.knock_gate:
+    settings:
+      protected_ports: [22/tcp]
+    operators: [alice]
+    templates: "{{ role_path }}/templates"
+    found: "{{ found }}"
+    shut: [bob]
+    end_sessions: true
 
 - name: Take the gate away
   fleet.portknock.knock_gate:
@@ -134,6 +162,18 @@ proof:
       description: What could not be proved, and why.
       type: list
       elements: str
+windows_closed:
+  description: Open windows that were closed, in check mode those that would be.
+  returned: with O(shut)
+  type: int
+sessions_ended:
+  description: Sessions that were ended, in check mode those that would be.
+  returned: with O(shut)
+  type: int
+sessions_left:
+  description: Sessions from sources that the operators had opened the gate from and that go on, but for this run's own.
+  returned: with O(shut)
+  type: int
 rolled_back:
   description: Whether the host was brought back because the proof failed.
   returned: failure
@@ -163,6 +203,8 @@ def main() -> None:
             "confirm_timeout": {"type": "int", "default": 60},
             "prove_from": {"type": "str", "default": ""},
             "found": {"type": "dict"},
+            "shut": {"type": "list", "elements": "str", "default": []},
+            "end_sessions": {"type": "bool", "default": False},
             "phase": {"type": "str", "choices": [*PHASES, *QUESTIONS], "default": "apply"},
             "payload": {"type": "str", "no_log": True},
         },

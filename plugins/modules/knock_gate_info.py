@@ -39,6 +39,13 @@ EXAMPLES = r"""
   fleet.portknock.knock_gate_info:
   register: found
 
+- name: Show who opened the gate, and when
+  ansible.builtin.debug:
+    msg: "{{ item.last }} {{ item.operator }} from {{ item.source }}"
+  loop: "{{ found.openings }}"
+  loop_control:
+    label: "{{ item.source }}"
+
 - name: Say whose secrets the gate was made of
   ansible.builtin.debug:
     msg: "keyring {{ found.gate.keyring }}, generation {{ found.gate.generation }}"
@@ -76,6 +83,30 @@ gate:
       description:
         - What tells these secrets from others of the same generation, and gives nothing of them away; V(null) without a gate.
       type: str
+openings:
+  description:
+    - Who opened the gate from where, the latest first, one entry for each operator and source, for as many days as
+      C(knock_server_audit_days) says. The records are the kernel's and are gone after a reboot.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    operator:
+      description: The operator's name, of one who is no longer there, too; V(null) where the host does not know it.
+      type: str
+    source:
+      description: The address, of a link-local one with its interface, such as V(fe80::1%eth0).
+      type: str
+    last:
+      description: When that was last, UTC, to the second by the host's clock.
+      type: str
+      sample: "2026-01-31T08:15:00Z"
+    count:
+      description: How often; V(null) where that was lost, which nft 0.9.8 does when the size or time of the records changes.
+      type: int
+    open:
+      description: Whether that source has an open window now, by whomever.
+      type: bool
 backend:
   description: What the asked-for back end can do here.
   returned: always

@@ -141,6 +141,18 @@ options:
         goes on where another was stopped, for 12 hours, and makes no second sequence for whoever has a new one.
     type: str
     default: ""
+  valid_until:
+    description:
+      - With O(state=present), until when operators may knock, as a mapping from an operator's name to a UTC time such as
+        V(2026-12-31T23:59:59Z), in quotes. Those that it does not name may for ever.
+      - Where it is not given, times that the keyring holds stay as they are.
+      - Somebody has to be left who can always get in, an operator without an expiry or one of O(trusted_sources).
+    type: raw
+  trusted_sources:
+    description: Addresses that never need to knock, as the gate has them; asked for where each operator expires.
+    type: list
+    elements: str
+    default: []
 seealso:
   - module: fleet.portknock.knock_gate_info
   - module: fleet.portknock.knock_gate
@@ -155,6 +167,12 @@ EXAMPLES = r"""
     operators: [alice, bob]
     length: 6
     protocols: [tcp, udp]
+
+- name: An operator whom the host itself shuts out at the end of the year
+  fleet.portknock.knock_keyring:
+    operators: [alice, bob]
+    valid_until:
+      bob: "2026-12-31T23:59:59Z"
 
 - name: A sequence of your own, from a vaulted variable
   fleet.portknock.knock_keyring:

@@ -28,7 +28,7 @@ class ConfirmedAction(ActionBase):
     """An action whose module changes the host on trial.
 
     ``_module`` is its name, ``_timeout_option`` the role's variable for the task's ``confirm_timeout``, and ``_internal``
-    the keys of its results that are not the user's.
+    the keys of its results that are not the user's. ``_confirmed`` is what the host said when it confirmed.
     """
 
     _supports_check_mode = True
@@ -38,6 +38,7 @@ class ConfirmedAction(ActionBase):
     _module = ""
     _timeout_option = ""
     _internal: tuple[str, ...] = ("on_trial",)
+    _confirmed: Mapping[str, Any] = {}
 
     def _arguments(self) -> dict[str, Any]:
         """The module's arguments but for phase and payload.
@@ -75,6 +76,7 @@ class ConfirmedAction(ActionBase):
                 self._connection = fresh
             outcome = self._phase("confirm", payload)
             problem = str(outcome["msg"]) if outcome.get("failed") else None
+            self._confirmed = outcome
         except AnsibleError as exc:
             problem = f"no fresh connection could be made ({exc})."
         finally:

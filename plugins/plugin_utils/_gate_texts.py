@@ -34,14 +34,14 @@ def gate_texts(
     # A service that has come since must not be what an un-knocked source is answered by; what is above 1024 stays
     # as it was when the secrets were made, so that a service that comes and goes changes nothing.
     avoid = entry.avoid | {knock.port for knock in in_use if knock.port < _FIRST_UNPRIVILEGED}
-    gate = build_model(
-        settings, entry.honoured(operators), entry.tripwire_seed, avoid, found["backend"]["capabilities"]
-    )
+    honoured = entry.honoured(operators)
+    gate = build_model(settings, honoured, entry.tripwire_seed, avoid, found["backend"]["capabilities"])
     return {
         "texts": render(templates, backend, gate),
         "keyring": entry.keyring_id,
         "generation": entry.generation,
         "fingerprint": entry.fingerprint,
+        "operators": {f"{operator.number:x}": name for name, operator in honoured.items()},
     }
 
 

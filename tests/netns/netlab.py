@@ -288,12 +288,17 @@ class Lab:
         template: str = "gate",
         probe: Optional[Mapping[str, object]] = None,
         avoid: frozenset[int] = frozenset(),
+        validity: Optional[Mapping[str, tuple[int, int]]] = None,
         **options: object,
     ) -> tuple[str, dict[str, Any]]:
-        """The role's template with a real model, and the model."""
+        """The role's template with a real model, and the model.
+
+        :param validity: from when and until when operators may knock, in seconds since 1970.
+        """
         settings = settings_from({"protected_ports": ["22/tcp", "51820/udp"], "tripwires": 200, **options})
+        times = {name: {"valid_from": begin, "valid_until": end} for name, (begin, end) in (validity or {}).items()}
         operators = {
-            name: Honoured(number, several)
+            name: Honoured(number, several, **times.get(name, {}))
             for number, (name, several) in enumerate((sequences or {"default": [SEQUENCE]}).items(), start=1)
         }
         model = build_model(settings, operators, SEED, avoid, probe or {"socket_wildcard": True})

@@ -172,6 +172,29 @@ def test_packages_are_noted_told_and_forgotten(run: Run) -> None:
     assert "packages: expected names of packages; got '-x'." in run({"packages": ["-x"]}, "--limit", "web1")
 
 
+def test_an_operator_who_expires(run: Run) -> None:
+    """Nothing is written before everything is checked."""
+    two, future = ["alice", "bob"], "2999-12-31T23:59:59Z"
+    for valid_until, complaint in (
+        ({"carol": future}, "knock_server_valid_until: expected operators that knock_server_operators names"),
+        ({"bob": "soon"}, "knock_server_valid_until, operator bob: expected a UTC time"),
+        (dict.fromkeys(two, future), "knock_server_valid_until: expected an operator of web1 without an expiry"),
+    ):
+        assert complaint in run({"operators": two, "valid_until": valid_until}, "--limit", "web1")
+        assert not run.ring.exists()
+    everyone = {"operators": two, "valid_until": dict.fromkeys(two, future), "trusted_sources": ["192.0.2.1/32"]}
+    one = {"operators": two, "valid_until": {"bob": future}}
+    assert counts(run(one, "--limit", "web1")) == {"web1": (1, 0)}
+    assert run.view("web1").count(f"valid_until: '{future}'") == 1
+    # Where nobody says anything of times, they stay.
+    assert counts(run([one, {"operators": two}], "--limit", "web1")) == {"web1": (0, 0)}
+    assert counts(run(everyone, "--limit", "web1")) == {"web1": (1, 0)}
+    printed = run({"operators": two, "valid_until": {"bob": "2026-01-02T00:00:00Z"}}, "--limit", "web1")
+    assert "the time of bob on web1 is over since 2026-01-02T00:00:00Z: they are shut out." in printed
+    assert counts(run({"operators": two, "valid_until": {}}, "--limit", "web1")) == {"web1": (1, 0)}
+    assert "valid_until" not in run.view("web1")
+
+
 def test_a_keyring_inside_an_inventory_folder(run: Run) -> None:
     (run.folder / "sources").mkdir()
     (run.folder / "sources" / "hosts").write_text("web1\n")

@@ -58,6 +58,20 @@ def test_a_crash_of_nft_is_got_round_and_loses_no_window() -> None:
     assert str(nft.asked[1]).endswith("add element inet fleet_portknock open4 { 192.0.2.7 timeout 30s expires 12s }\n")
 
 
+def test_what_the_kernel_has_can_be_loaded_again() -> None:
+    """By nft 0.9.8, too, which crashes over elements with counts; and a time is not a local one."""
+    listed = (
+        "table inet fleet_portknock {\n set opened4 {\n elements = { 192.0.2.7 . 2:1 counter packets 3 bytes 87 expires 29d,\n"
+        "192.0.2.8 . 2:1 counter packets 1 bytes 9 timeout 30d expires 2d }\n }\n"
+        " chain c {\n counter packets 7 bytes 70\n update @opened4 { ip saddr . meta priority counter }\n }\n}\n"
+    )
+    text = Nftables(Nft(Completed(0, f"warning\n{listed}", ""))).kernel_text()
+    assert text is not None
+    assert "{ 192.0.2.7 . 2:1 expires 29d,\n192.0.2.8 . 2:1 timeout 30d expires 2d }" in text
+    assert "chain c {\n counter packets 7 bytes 70\n update @opened4 { ip saddr . meta priority counter }" in text
+    assert Nftables(Nft()).restore_command("/former") == "TZ=UTC nft -f /former"
+
+
 @pytest.mark.parametrize("flags", [["dormant"], "dormant"])
 def test_a_dormant_table_is_made_anew(flags: object) -> None:
     listing = {"nftables": [{"table": {"name": "fleet_portknock", "flags": flags}}]}

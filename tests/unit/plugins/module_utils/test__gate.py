@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import (
+    EARLIEST_TIME,
     GateSettings,
     Honoured,
     build_model,
@@ -158,7 +159,16 @@ def test_the_model_is_plain_and_repeats_itself() -> None:
     assert json.loads(json.dumps(one)) == one
     assert len(one["tripwires"]) == 2000
     assert set(one) == {
-        *("closed_response", "guard", "look_tcp", "look_udp", "max_sources", "max_windows", "open_window"),
+        *(
+            "audit_days",
+            "closed_response",
+            "guard",
+            "look_tcp",
+            "look_udp",
+            "max_sources",
+            "max_windows",
+            "open_window",
+        ),
         *(
             "begin_timeout",
             "operators",
@@ -259,17 +269,30 @@ def _opens(sequences: Sequence[tuple[Knock, ...]], walk: tuple[Knock, ...], stri
 def test_each_operator_s_last_knock_says_whose_it_is() -> None:
     built: Any = build_model(
         GateSettings((22,), ()),
-        {"bob": Honoured(12, [(A, B), (C, D)], 1772308800), "alice": Honoured(3, [(E, F)])},
+        {"bob": Honoured(12, [(A, B), (C, D)], 1772308800, 1772300000), "alice": Honoured(3, [(E, F)])},
         SEED,
         frozenset(),
         {},
     )
     assert built["operators"] == [
-        {"name": "alice", "number": "3", "valid_until": None},
-        {"name": "bob", "number": "c", "valid_until": 1772308800},
+        {"name": "alice", "number": "3", "valid_until": None, "valid_from": EARLIEST_TIME},
+        {"name": "bob", "number": "c", "valid_until": 1772308800, "valid_from": 1772300000},
     ]
     ends = {(step["port"], step["next"]) for step in built["steps"] if step["next"].startswith("2:")}
     assert ends == {(F.port, "2:3"), (B.port, "2:c"), (D.port, "2:c")}
+
+
+@pytest.mark.parametrize(("probe", "refused"), [({}, False), ({"clock": True}, False), ({"clock": False}, True)])
+def test_nobody_expires_where_rules_can_t_tell_the_time(probe: dict[str, object], refused: bool) -> None:
+    """Where nothing is known of the host, it has no nft yet, and a check goes on."""
+    settings, lasting = GateSettings((22,), ()), Honoured(1, [(A, B)])
+    expiring = {"alice": lasting, "bob": Honoured(2, [(C, D)], 1772308800)}
+    build_model(settings, {"alice": lasting}, SEED, frozenset(), probe)
+    if not refused:
+        build_model(settings, expiring, SEED, frozenset(), probe)
+        return
+    with pytest.raises(PortknockError, match=r"^knock_server_valid_until: .*meta time.* bob\.$"):
+        build_model(settings, expiring, SEED, frozenset(), probe)
 
 
 def test_steps_grow_with_the_knocks_alone() -> None:

@@ -45,6 +45,7 @@ class FileBackend:
     def __init__(self, kernel: Path) -> None:
         self.kernel = kernel
         self.refuses = ""
+        self.forgot = 0
 
     def version(self) -> str:
         return self.installed
@@ -73,6 +74,10 @@ class FileBackend:
 
     def load(self, text: str, listing: Optional[dict[str, Any]]) -> None:
         self.kernel.write_text(text)
+
+    def forgetting(self, text: str) -> str:
+        self.forgot += 1
+        return text
 
     def unload(self) -> None:
         self.kernel.unlink(missing_ok=True)
@@ -481,3 +486,58 @@ def test_what_is_on_trial_is_noted_for_the_watch(host: GateHost, tmp_path: Path,
         with host.trial.turn("bb"):
             host.take_away(host.inspect(), "bb", 3600)
     assert (tmp_path / "run/fleet-portknock/trial/kind").read_text() == kind
+
+
+def named(wanted: Wanted, keyring: str = "k1", **names: str) -> Wanted:
+    """A gate with these operators, by their numbers."""
+    return wanted._replace(keyring=keyring, operators={number[1:]: name for number, name in names.items()})
+
+
+def names(host: GateHost) -> dict[str, str]:
+    return dict(host.names(host.inspect()))
+
+
+def test_who_a_number_means_is_known_after_they_have_gone(host: GateHost, backend: FileBackend) -> None:
+    assert names(host) == {}
+    for wanted in (named(WANTED, n1="alice", n2="bob"), named(NEWER, n1="alice", n3="carol")):
+        apply(host, wanted)
+        confirm(host, wanted)
+    assert names(host) == {"1": "alice", "2": "bob", "3": "carol"}
+    # The first one found nothing that it could have known of.
+    assert backend.forgot == 1
+    assert whats(host, named(NEWER, n1="alice", n3="carol")) == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [named(NEWER, "k2", n1="dave"), named(NEWER, "k2", n1="alice"), named(NEWER, n1="bob", n2="alice")],
+    ids=["keyring", "keyring-same-name", "number"],
+)
+def test_no_opening_is_put_down_to_another(host: GateHost, backend: FileBackend, other: Wanted) -> None:
+    """Neither while the new gate is on trial nor after."""
+    first = named(WANTED, n1="alice", n2="bob")
+    apply(host, first)
+    confirm(host, first)
+    apply(host, other)
+    assert backend.forgot == 2
+    assert names(host) == dict(other.operators)
+    confirm(host, other)
+    assert names(host) == dict(other.operators)
+
+
+def test_names_go_back_with_the_gate(host: GateHost) -> None:
+    first = named(WANTED, n1="alice")
+    apply(host, first)
+    confirm(host, first)
+    apply(host, named(NEWER, "k2", n1="bob"))
+    host.trial.restore("aa")
+    assert names(host) == {"1": "alice"}
+
+
+def test_a_gate_of_an_earlier_release_names_nobody(host: GateHost, tmp_path: Path) -> None:
+    wanted = named(WANTED, n1="alice")
+    apply(host, wanted)
+    confirm(host, wanted)
+    gate = tmp_path / "etc/fleet-portknock/gate.nft"
+    gate.write_text(gate.read_text().replace('"operators"', '"others"'))
+    assert names(host) == {}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._gate import Honoured
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import EARLIEST_TIME, Honoured
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
     HostState,
@@ -17,8 +17,10 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     Plan,
     StoredSequence,
     check_host_state,
+    check_not_all_expire,
     check_operators,
     parse_given,
+    parse_valid_until,
     plan_secrets,
     read_host_state,
 )
@@ -329,7 +331,88 @@ def test_an_expiry_is_a_change_and_leaves_the_sequence() -> None:
     assert ends.secrets.operators["default"] == Operator(True, stored(A), valid_until=LATER)
     assert ends.secrets.fingerprint != replace(one, generation=ends.secrets.generation).fingerprint
     assert not plan(ends.secrets, valid_until={"default": LATER}).changed
-    assert plan(ends.secrets).secrets.operators["default"].valid_until is None
+    assert not plan(ends.secrets).changed
+    assert plan(ends.secrets, valid_until={}).secrets.operators["default"].valid_until is None
+
+
+PAST, FUTURE = "2026-01-31T08:15:00Z", "2999-12-31T23:59:59Z"
+
+
+def test_until_when_they_may_knock() -> None:
+    assert parse_valid_until(None, ["alice"]) == {}
+    assert parse_valid_until({"bob": FUTURE}, ["alice", "bob"]) == {"bob": FUTURE}
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        (["bob"], "expected a mapping"),
+        ({"carol": FUTURE}, "expected operators that knock_server_operators names (alice, bob); got carol."),
+        ({"bob": "tomorrow"}, "knock_server_valid_until, operator bob: expected a UTC time after 2026-01-01T00:00:00Z"),
+        ({"bob": "2026-12-31T23:59:59"}, "got '2026-12-31T23:59:59'"),
+        ({"bob": "2026-12-31T23:59:59+01:00"}, "expected a UTC time"),
+        ({"bob": "2026-02-30T00:00:00Z"}, "expected a UTC time"),
+        ({"bob": "2025-12-31T23:59:59Z"}, "expected a UTC time"),
+        ({"bob": 1798761599}, "expected a UTC time"),
+        ({"bob": None}, "got 'None'"),
+    ],
+    ids=str,
+)
+def test_times_that_can_t_be(value: object, complaint: str) -> None:
+    with pytest.raises(PortknockError) as caught:
+        parse_valid_until(value, ["alice", "bob"])
+    assert str(caught.value).startswith("knock_server_valid_until")
+    assert complaint in str(caught.value)
+
+
+def test_somebody_is_left_to_get_in() -> None:
+    expiring = Operator(True, stored(A), valid_until=FUTURE)
+    check_not_all_expire(["alice", "bob"], entry(alice=Operator(True, stored(B)), bob=expiring))
+    for alice in (replace(expiring, current=stored(B)), Operator(True, stored(B), revoked=PAST)):
+        with pytest.raises(PortknockError, match=r"^knock_server_valid_until: .*web1.*knock_server_trusted_sources"):
+            check_not_all_expire(["alice", "bob"], entry(alice=alice, bob=expiring))
+
+
+def test_a_time_that_is_over_is_told() -> None:
+    one = entry(default=Operator(True, stored(A)))
+    assert plan(one, valid_until={"default": FUTURE}).warnings == ()
+    (warning,) = plan(one, valid_until={"default": PAST}).warnings
+    assert warning == f"knock_server_valid_until: the time of default on web1 is over since {PAST}: they are shut out."
+
+
+def test_whose_time_is_over_comes_last() -> None:
+    secrets = entry(
+        alice=Operator(True, stored(A), valid_until=PAST),
+        bob=Operator(True, stored(B), valid_until=FUTURE),
+        carol=Operator(False, stored(C)),
+    )
+    assert [name for name, _knocks in secrets.candidates()] == ["bob", "alice", "carol"]
+    assert [name for name, _knocks in secrets.candidates("alice")] == ["alice"]
+
+
+def test_the_proof_is_not_made_with_whose_time_is_over() -> None:
+    over = Operator(True, stored(A), stored(D), valid_until=PAST)
+    secrets = entry(alice=over, bob=Operator(True, stored(B), valid_until=FUTURE), carol=Operator(True, stored(C)))
+    assert secrets.to_prove(["alice", "bob", "carol"]) == C
+    assert secrets.to_prove(["alice", "bob"]) == B
+    with pytest.raises(PortknockError, match=r"^knock_server_valid_until: .* web1 "):
+        secrets.to_prove(["alice"])
+
+
+def test_before_when_a_clock_is_wrong() -> None:
+    """A day before the sequence was made; one that is given may be written down anew by every run."""
+    made = 1769847300  # NOW
+    secrets = entry(
+        alice=Operator(True, stored(A, source="generated"), valid_until=FUTURE),
+        bob=Operator(True, stored(B), valid_until=FUTURE),
+        carol=Operator(True, stored(C, source="generated")),
+    )
+    honoured = secrets.honoured(["alice", "bob", "carol"])
+    assert {name: operator.valid_from for name, operator in honoured.items()} == {
+        "alice": made - 86400,
+        "bob": EARLIEST_TIME,
+        "carol": EARLIEST_TIME,
+    }
 
 
 def test_promotion_keeps_the_generation_and_is_done_once() -> None:

@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
     TABLE,
+    Opening,
+    Source,
     close_window,
+    forget_openings,
+    kept_elements,
     listing_digests,
     normalise,
-    open_windows,
+    openings,
     read_listing,
     replace_transaction,
+    windows,
 )
 
 VERSIONS = ("0.9.8", "1.0.6", "1.1.3")
@@ -136,14 +141,96 @@ def test_no_window_of_a_single_use_gate_is_opened_again(single_use: dict[str, An
         lines = replace_transaction(text_of, single_use).splitlines()
         assert {f"delete set inet {TABLE} {name}" for name in (*OPEN_SETS, *USED_SETS)} <= set(lines)
         assert not any(line.startswith("add element") for line in lines)
-    assert open_windows(single_use_text(), single_use) == ""
+    assert kept_elements(single_use_text(), single_use) == ""
 
 
 def test_windows_last_from_one_kind_of_gate_to_the_other(listing: dict[str, Any], single_use: dict[str, Any]) -> None:
     there, back = replace_transaction(single_use_text(), listing), replace_transaction(text(), single_use)
     assert not any(f"delete set inet {TABLE} {name}" in there + back for name in OPEN_SETS)
     assert all(f"delete set inet {TABLE} {name}\n" in back for name in USED_SETS)
-    assert open_windows(single_use_text(), listing).count("add element") == 3
+    assert kept_elements(single_use_text(), listing).count("add element") == 3
+
+
+RECORD_SETS = {"opened4": "192.0.2.9", "opened6": "2001:db8::9", "opened_ll6": "fe80::9"}
+
+
+def with_records(listing: dict[str, Any], days: int = 30) -> dict[str, Any]:
+    """A gate of which operator 26 opened each family ten days and 1 s ago, five times."""
+    for name, address in RECORD_SETS.items():
+        key = [*(["gate-d"] if name == "opened_ll6" else []), address, "2:1a"]
+        element = {"val": {"concat": key}, "expires": (days - 10) * 86400 - 1, "counter": {"packets": 5, "bytes": 300}}
+        found = {"name": name, "table": TABLE, "size": 65536, "flags": ["timeout"], "timeout": days * 86400}
+        listing["nftables"].append({"set": {**found, "elem": [{"elem": element}]}})
+    return listing
+
+
+def text_with_records(days: int) -> str:
+    sets = "".join(f"  set {name} {{\n    timeout {days}d\n    size 65536\n  }}\n" for name in RECORD_SETS)
+    return text().replace("{\n", "{\n" + sets, 1)
+
+
+def test_the_records(listing: dict[str, Any]) -> None:
+    assert openings(listing) == []
+    ago = 10 * 86400 + 1
+    assert openings(with_records(listing)) == [
+        Opening("1a", Source("192.0.2.9"), ago, 5),
+        Opening("1a", Source("2001:db8::9"), ago, 5),
+        Opening("1a", Source("fe80::9", "gate-d"), ago, 5),
+    ]
+    # One that was added again, by nft 0.9.8 or when another time was set.
+    element = named(listing, "set", "opened4")["elem"][0]["elem"]
+    del element["counter"]
+    element["timeout"] = 40 * 86400
+    assert openings(listing)[0] == Opening("1a", Source("192.0.2.9"), ago + 10 * 86400, None)
+    assert [str(record.source) for record in openings(listing)] == ["192.0.2.9", "2001:db8::9", "fe80::9%gate-d"]
+
+
+def test_the_windows(listing: dict[str, Any]) -> None:
+    assert windows(listing) == {Source("192.0.2.9"), Source("2001:db8::9"), Source("fe80::9", "gate-d")}
+
+
+def test_records_stay_as_they_are(listing: dict[str, Any]) -> None:
+    transaction = replace_transaction(text_with_records(30), with_records(listing))
+    assert not any(f"set inet {TABLE} {name}" in transaction for name in RECORD_SETS)
+    assert "add element" not in transaction
+
+
+def test_another_time_keeps_when_it_was(listing: dict[str, Any]) -> None:
+    lines = replace_transaction(text_with_records(11), with_records(listing)).splitlines()
+    assert [line for line in lines if line.startswith("delete set")][-3:] == [
+        f"delete set inet {TABLE} {name}" for name in RECORD_SETS
+    ]
+    left, count = 86400 - 1, "counter packets 5 bytes 300 timeout 950400s"
+    assert lines[lines.index("}") + 1 :] == [
+        f"add element inet {TABLE} opened4 {{ 192.0.2.9 . 2:1a {count} expires {left}s }}",
+        f"add element inet {TABLE} opened6 {{ 2001:db8::9 . 2:1a {count} expires {left}s }}",
+        f'add element inet {TABLE} opened_ll6 {{ "gate-d" . fe80::9 . 2:1a {count} expires {left}s }}',
+    ]
+    assert "add element" not in replace_transaction(text_with_records(10), listing)
+
+
+def test_records_that_nobody_wants_go(listing: dict[str, Any]) -> None:
+    lines = replace_transaction(text(), with_records(listing)).splitlines()
+    assert {f"delete set inet {TABLE} {name}" for name in RECORD_SETS} <= set(lines)
+    assert not any(line.startswith("add element") for line in lines)
+
+
+def test_a_text_without_windows_leaves_records(listing: dict[str, Any]) -> None:
+    transaction = replace_transaction(f"table inet {TABLE} {{\n}}\n", with_records(listing))
+    assert not any(f"{TABLE} {name}" in transaction for name in RECORD_SETS)
+
+
+def test_a_table_made_anew_has_them_without_counts(listing: dict[str, Any]) -> None:
+    kept = kept_elements(text_with_records(30), with_records(listing))
+    assert [line.split()[4] for line in kept.splitlines()] == [*OPEN_SETS, *RECORD_SETS]
+    assert "counter" not in kept
+    assert kept_elements(f"table inet {TABLE} {{\n}}\n", listing) == ""
+
+
+def test_forgetting() -> None:
+    wanted = text_with_records(30)
+    assert forget_openings(wanted) == wanted + "".join(f"flush set inet {TABLE} {name}\n" for name in RECORD_SETS)
+    assert forget_openings(text()) == text()
 
 
 def _handles(listing: dict[str, Any]) -> None:

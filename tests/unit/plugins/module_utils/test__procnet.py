@@ -13,10 +13,13 @@ import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
     Peer,
+    Session,
     global_ipv6_addresses,
     ports_in_use,
     ssh_peer,
+    ssh_session,
     tcp_listeners,
+    tcp_sessions,
 )
 
 
@@ -48,6 +51,52 @@ def test_listeners_that_can_be_reached(family: int, address: str, expected: list
         listener.listen()
         found = tcp_listeners()
         assert [name for name in found if listener.getsockname()[1] in found[name]] == expected
+
+
+@pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_sessions_with_a_service(family: int, address: str) -> None:
+    with socket.socket(family) as listener:
+        listener.bind((address, 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        assert tcp_sessions({port}) == []
+        with socket.create_connection((address, port)) as client:
+            served, _ = listener.accept()
+            with served:
+                assert tcp_sessions({port}) == [Session(port, address, client.getsockname()[1])]
+                assert tcp_sessions({client.getsockname()[1]}) == [Session(client.getsockname()[1], address, port)]
+                assert tcp_sessions(set()) == []
+
+
+def test_a_session_with_a_service_for_both_families_has_its_own_address() -> None:
+    with socket.socket(socket.AF_INET6) as listener:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind(("::", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            assert tcp_sessions({port}) == [Session(port, "127.0.0.1", client.getsockname()[1])]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("192.0.2.7 40000 192.0.2.1 22", Session(22, "192.0.2.7", 40000)),
+        ("fe80::7%eth0 40000 fe80::1%eth0 22", Session(22, "fe80::7", 40000)),
+        ("nonsense 40000 192.0.2.1 22", None),
+        ("192.0.2.7 x 192.0.2.1 22", None),
+    ],
+)
+def test_the_ssh_session_of_a_process(value: str, expected: Session | None) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env={"SSH_CONNECTION": value}
+    ) as process:
+        try:
+            while f"SSH_CONNECTION={value}".encode() not in Path(f"/proc/{process.pid}/environ").read_bytes():
+                pass
+            assert ssh_session(process.pid) == expected
+        finally:
+            process.communicate(b"\n")
 
 
 def test_a_host_without_ipv6_has_no_such_table(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import io
 
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._system import lines, stream
+from ansible_collections.fleet.portknock.plugins.module_utils._system import lines, run, stream
 
 
 def test_output_comes_line_by_line() -> None:
@@ -32,3 +32,8 @@ def test_a_line_without_end_comes_in_pieces() -> None:
     pieces = list(lines(io.BytesIO(b"x" * 200_000 + b"\ny")))
     assert max(map(len, pieces)) <= 65536
     assert b"".join(pieces) == b"x" * 200_000 + b"\ny"
+
+
+def test_programs_write_times_alike_for_every_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    assert run(["date", "-d", "@0", "+%H:%M"]).stdout == "00:00\n"

@@ -245,12 +245,9 @@ class ActionModule(ConfirmedAction):
 
     def _scout(self, destination: Destination, further: Sequence[str]) -> dict[str, Any]:
         """What a proof would look at, and from which sources."""
-        # A name behind a jump host is the jump host's to resolve, never this machine's; a namespace's host knows its own.
-        addresses = (
-            []
-            if destination.proxied or self._is_apart
-            else packed_addresses(destination.host, destination.port, destination.family)
-        )
+        # A name behind a jump host is the jump host's to resolve, never this machine's; this machine knows its own addresses.
+        unknown = destination.proxied or (self._is_apart and not is_ssh(self._connection))
+        addresses = [] if unknown else packed_addresses(destination.host, destination.port, destination.family)
         return self._ask(
             "scout",
             {

@@ -21,7 +21,7 @@ import time
 from typing import Any, Callable, Iterable, Mapping, NoReturn, Optional, Sequence, Union
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._knocking import FAMILIES, Address, resolve
+from ansible_collections.fleet.portknock.plugins.module_utils._knocking import FAMILIES, Address
 from ansible_collections.fleet.portknock.plugins.module_utils._proof import answer, local_address
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner, read_text
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
@@ -54,8 +54,8 @@ _Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 def answer_apart(question: str, request: Mapping[str, Any], run: Runner = run_program) -> dict[str, Any]:
     """Answer one of ``_proof.QUESTIONS`` from a namespace on this host.
 
-    :param request: as there, but a scout's ``addresses`` and ``further`` are found here, and the other questions are given
-        all that the scout answered: ``sources`` are the namespace's addresses.
+    :param request: as there, but of a scout's ``addresses`` and ``host`` only those are looked at that this host has, before
+        its others. The other questions are given all that the scout answered: ``sources`` are the namespace's addresses.
     """
     try:
         if question != "scout":
@@ -70,7 +70,7 @@ def answer_apart(question: str, request: Mapping[str, Any], run: Runner = run_pr
 
 
 def _addresses_of_host(request: Mapping[str, Any], run: Runner) -> tuple[list[tuple[str, Address]], list[str]]:
-    """The host's own addresses by family, the one that its name stands for or that the default route uses first.
+    """The host's own addresses by family: first those by which it is reached, then what the default route uses.
 
     :returns: those to look at, and a note for what is left out.
     :raises PortknockError: none.
@@ -82,11 +82,8 @@ def _addresses_of_host(request: Mapping[str, Any], run: Runner) -> tuple[list[tu
             usable = entry.get("scope") == "global" and not entry.get("tentative") and not entry.get("dadfailed")
             if usable and entry.get("family") in own and entry["local"] not in own[entry["family"]]:
                 own[entry["family"]].append(entry["local"])
-    try:
-        first = [address.host for address in resolve(request["host"], port, request["family"])]
-    except PortknockError:
-        # What a play calls this host need not be a name that this host knows.
-        first = []
+    # What a play calls this host is not looked up here: this host need not know that name, or any name server.
+    first = [*(item[1] for item in request["addresses"]), request["host"]]
     first += [local_address(Address(FAMILIES[family], (far, port))) for family, far in _FAR.items()]
     left_out = []
     if own["inet6"] and not _can_have_ipv6():
@@ -161,6 +158,7 @@ def _from_namespace(look: Callable[[], dict[str, Any]], sources: Sequence[str], 
     :raises PortknockError: the namespace can't be made, or the child died or took too long.
     """
     deadline = time.monotonic() + LOOK_SECONDS
+    name = f"knock-{secrets.token_hex(4)}"
     ours, theirs = socket.socketpair()
     parent = os.getpid()
     child = os.fork()
@@ -171,12 +169,14 @@ def _from_namespace(look: Callable[[], dict[str, Any]], sources: Sequence[str], 
     try:
         with ours:
             _received(ours, deadline)
-            _make_link(child, sources, run)
+            _make_link(name, child, sources, run)
             ours.sendall(b"{}\n")
             return _received(ours, deadline)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        # The kernel would do it, too, but some time later: the next question needs the same addresses.
+        run(["ip", "link", "delete", "dev", name], None)
 
 
 def _received(channel: socket.socket, deadline: float) -> dict[str, Any]:
@@ -240,12 +240,11 @@ def _leave(parent: int) -> None:
         )
 
 
-def _make_link(child: int, sources: Sequence[str], run: Runner) -> None:
+def _make_link(name: str, child: int, sources: Sequence[str], run: Runner) -> None:
     """The host's end of the veth pair, with a way to each of the namespace's addresses.
 
     :raises PortknockError: ip or the kernel refuses.
     """
-    name = f"knock-{secrets.token_hex(4)}"
     # Addresses that are given are not changed by udev.
     _ip(run, [f"link add name {name} address {_HERE} type veth peer name knock address {_THERE} netns {child}"])
     if any(_family(source) == "inet6" for source in sources):

@@ -33,7 +33,7 @@ PROOF = {
 }
 # Asks one question after another, each with all that was answered before; a line for each answer.
 PROGRAM = """
-import json, sys
+import json, socket, sys
 from ansible_collections.fleet.portknock.plugins.module_utils import _namespace
 options, *questions = json.load(sys.stdin)
 for name, value in options.items():
@@ -41,6 +41,7 @@ for name, value in options.items():
 answered = {}
 for question, request in questions:
     answered = {**answered, **_namespace.answer_apart(question, {**answered, **request})}
+    answered["left"] = [name for _index, name in socket.if_nameindex() if name.startswith("knock-")]
     print(json.dumps(answered), flush=True)
 """
 
@@ -106,7 +107,7 @@ def test_closed_and_opened(lab: Lab) -> None:
     # A stranger's: from elsewhere than the host, and by nobody's route.
     assert re.fullmatch(r"198\.(18|19)\.\d+\.\d+", seen["sources"][0])
     assert seen["sources"][1].startswith("fd")
-    assert network(lab) == before
+    assert (seen["left"], network(lab)) == ([], before)
 
 
 def test_a_gate_that_is_not_there_or_is_another(lab: Lab) -> None:

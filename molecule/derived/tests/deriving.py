@@ -12,7 +12,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._derivation import
 from lab import FAMILIES, Fleet
 
 SITE = "fleet.portknock.site"
-GENERATIONS = (1, 2, 3)
+GENERATIONS = (1, 2, 3, 4)
 OPENS = dict.fromkeys(FAMILIES, ("reset", "open"))
 STAYS_CLOSED = dict.fromkeys(FAMILIES, ("reset", "reset"))
 
@@ -43,7 +43,7 @@ class Deriving:
         return [str(knock) for knock in derive_sequence(self.secret, self.host, generation=generation)]
 
     def check(self, output: str) -> None:
-        """Nothing of the secret and of three generations is in what a run showed."""
+        """Nothing of the secret and of any generation is in what a run showed."""
         numbers = set(re.findall(r"(?<![\w.])\d{4,5}(?![\w.])", output))
         for number in GENERATIONS:
             knocks = [knock for knock in self.sequence(number) if knock != self.live]

@@ -77,7 +77,7 @@ class Pulling(Deriving):
         subprocess.run(argv, input=given, check=True, capture_output=True)
 
     def pull(self, playbook: str = "site.yml", **variables: object) -> Run:
-        """ansible-pull at -vvv, which shows nothing of three generations, nor do the arguments of its programs."""
+        """ansible-pull at -vvv, which shows nothing of any generation, nor do the arguments of its programs."""
         argv = ["ansible-pull", "-vvv", "-U", "/srv/fleet.git", "-d", CHECKOUT, "-i", "inventory.yml"]
         argv += ["--vault-password-file", "/root/vault-password", "-e", json.dumps(variables), playbook]
         with self.sampled():

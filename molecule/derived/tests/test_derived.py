@@ -106,9 +106,11 @@ def test_during_the_grace_period_two_generations_open(controller: Controller) ->
 
 
 def test_afterwards_the_new_generation_opens_alone(controller: Controller) -> None:
-    run = controller.play(SITE, generation=2)
+    """Which the host itself is asked to prove, over ssh."""
+    run = controller.play(SITE, generation=2, knock_server_proof="host")
     assert run.status == 0, run.output
     assert run.recap[HOST]["changed"]
+    assert f'"seen_from": "{HOST}"' in run.output
     assert (controller.opens(1), controller.opens(2)) == (STAYS_CLOSED, OPENS)
     assert "both_since" not in controller.fleet.secrets(HOST)["operators"]["default"]
 

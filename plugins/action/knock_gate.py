@@ -41,6 +41,8 @@ display = Display()
 _CONNECTION = "fleet.portknock.knock_ssh"
 # What the result says of operators who were shut out.
 _SHUT = ("windows_closed", "sessions_ended", "sessions_left")
+_OUTSIDE, _HOST = "outside", "host"
+_SSH_PORT = 22
 
 
 class ActionModule(ConfirmedAction):
@@ -60,7 +62,7 @@ class ActionModule(ConfirmedAction):
             steps = {"applied": self._apply, "absent": self._remove, "checked": self._check}
             if state not in steps:
                 raise PortknockError(f"state: expected one of {', '.join(steps)}; got {state!r}.")
-            self._place = self._proving_host()
+            self._place = self._proving_place()
             result.update(steps[state]())
         except PortknockError as exc:
             raise AnsibleActionFail(str(exc)) from None
@@ -73,7 +75,7 @@ class ActionModule(ConfirmedAction):
         found = self._required("found")
         self._check_init(found)
         if self._place and not self._task.check_mode:
-            self._scout(knock_ssh_of(self, self._vars).destination(), found["ipv6_addresses"])
+            self._scout(self._destination(), found["ipv6_addresses"])
         return {"changed": False}
 
     def _apply(self) -> dict[str, Any]:
@@ -108,9 +110,8 @@ class ActionModule(ConfirmedAction):
             ],
             **self._shut(entry),
         }
-        ssh = knock_ssh_of(self, self._vars)
-        destination = ssh.destination()
-        self._check_way_in(settings, destination, found, ssh.given_sequences(), entry.honoured(operators))
+        destination, given = self._destination(), knock_ssh_of(self, self._vars).given_sequences()
+        self._check_way_in(settings, destination, found, given, entry.honoured(operators))
         gate = {
             "protected": payload["protected"],
             "closed_response": settings.closed_response,
@@ -164,7 +165,7 @@ class ActionModule(ConfirmedAction):
 
     def _remove(self) -> dict[str, Any]:
         payload = {"run": self._run_id, "seconds": self._seconds()}
-        return self._change(payload, knock_ssh_of(self, self._vars).destination(), [], None)
+        return self._change(payload, self._destination(), [], None)
 
     def _change(
         self,
@@ -182,7 +183,7 @@ class ActionModule(ConfirmedAction):
         view: dict[str, Any] | None = None
         if not self._task.check_mode:
             if self._place:
-                # So that a run that has nothing to change troubles no other host.
+                # So that a run that has nothing to change troubles no other host and makes no namespace.
                 outcome = self._phase("compare", payload)
                 if outcome.get("failed") or not outcome["reasons"]:
                     return outcome
@@ -235,14 +236,32 @@ class ActionModule(ConfirmedAction):
             # The host sees the connection's source itself, behind whatever translates addresses on the way.
             source_trusted=outcome["source_trusted"] and not self._place,
         )
-        return {"seen_from": self._place, **self._ask("prove", request)}
+        seen = self._ask("prove", request)
+        if not self._is_apart:
+            return {"seen_from": self._place, **seen}
+        note = "Not proved from outside: seen from a network namespace on the host itself (knock_server_proof=host)."
+        return {"seen_from": self._vars["inventory_hostname"], **seen, "notes": [note, *seen["notes"]]}
 
-    def _proving_host(self) -> str:
-        """The host that the proof is made from; empty for the controller.
+    @property
+    def _is_apart(self) -> bool:
+        """Whether the gate's own host looks, from a namespace."""
+        return self._task.args.get("proof", _OUTSIDE) == _HOST
 
-        :raises PortknockError: it can't be that one.
+    def _proving_place(self) -> str:
+        """Where the proof is made from, in words; empty for the controller.
+
+        :raises PortknockError: it can't be made from there.
         """
-        place = str(self._task.args.get("prove_from") or "")
+        proof, place = self._task.args.get("proof", _OUTSIDE), str(self._task.args.get("prove_from") or "")
+        if proof not in (_OUTSIDE, _HOST):
+            raise PortknockError(f"knock_server_proof: expected {_OUTSIDE} or {_HOST}; got {proof!r}.")
+        if proof == _HOST and place:
+            raise PortknockError(
+                f"knock_server_prove_from: expected none with knock_server_proof={_HOST}, since the host itself looks; "
+                f"got {place!r}."
+            )
+        if proof == _HOST:
+            return f"a network namespace on {self._vars['inventory_hostname']}"
         if place and place == self._vars["inventory_hostname"]:
             raise PortknockError(
                 f"knock_server_prove_from: expected another host than {place} itself, whose own packets its gate lets "
@@ -252,12 +271,19 @@ class ActionModule(ConfirmedAction):
             raise PortknockError(f"knock_server_prove_from: expected a host of the inventory; got {place!r}.")
         return place
 
+    def _destination(self) -> Destination:
+        """Where people's ssh would go: what is looked at first."""
+        if self._is_apart and not is_ssh(self._connection):
+            # The controller is the host: no ssh leads there, and no client need be installed that could be asked.
+            context = self._play_context
+            return Destination(str(context.remote_addr), int(context.port or _SSH_PORT))
+        return knock_ssh_of(self, self._vars).destination()
+
     def _scout(self, destination: Destination, further: Sequence[str]) -> dict[str, Any]:
         """What a proof would look at, and from which sources."""
-        # A name behind a jump host is the jump host's to resolve, never this machine's.
-        addresses = (
-            [] if destination.proxied else packed_addresses(destination.host, destination.port, destination.family)
-        )
+        # A name behind a jump host is the jump host's to resolve, never this machine's; this machine knows its own addresses.
+        unknown = destination.proxied or (self._is_apart and not is_ssh(self._connection))
+        addresses = [] if unknown else packed_addresses(destination.host, destination.port, destination.family)
         return self._ask(
             "scout",
             {
@@ -277,28 +303,46 @@ class ActionModule(ConfirmedAction):
         request = {**request, "place": self._place}
         answered = self._answer_of_prover(question, request) if self._place else answer(question, request)
         if "problem" in answered:
-            option = "knock_server_prove_from: " if self._place and question == "scout" else ""
-            raise PortknockError(option + str(answered["problem"]))
+            problem = str(answered["problem"])
+            if self._place and question == "scout":
+                problem = f"{self._proof_option}: {problem}"
+            elif self._is_apart:
+                problem += (
+                    f" It was seen from {self._place}, whose packets come in on an interface of their own: look for what "
+                    "the host does with those, such as a packet filter that names interfaces, or a reverse path filter."
+                )
+            raise PortknockError(problem)
         return answered
+
+    @property
+    def _proof_option(self) -> str:
+        return "knock_server_proof" if self._is_apart else "knock_server_prove_from"
 
     def _answer_of_prover(self, question: str, request: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            if self._prover is None:
-                prover, variables = action_on(self, self._place, self._vars)
-                prover._vars = variables
-                self._prover = prover
-            with quiet(self._place, watched=False):
-                outcome = self._prover._phase(question, request)
+            if self._is_apart:
+                outcome = self._phase(question, {**request, "apart": True})
+            else:
+                outcome = self._phase_elsewhere(question, request)
             problem = str(outcome["msg"]) if outcome.get("failed") else None
         except (AnsibleError, PortknockError) as exc:
             problem = str(exc)
         if problem is not None:
             raise PortknockError(
-                f"knock_server_prove_from: expected {self._place} to be able to look at the host; it is not: "
+                f"{self._proof_option}: expected {self._place} to be able to look at the host; it is not: "
                 f"{problem.strip().rstrip('.')}."
             )
         answered: dict[str, Any] = outcome["answer"]
         return answered
+
+    def _phase_elsewhere(self, question: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """A call of the module on the host of the inventory that looks."""
+        if self._prover is None:
+            prover, variables = action_on(self, self._place, self._vars)
+            prover._vars = variables
+            self._prover = prover
+        with quiet(self._place, watched=False):
+            return self._prover._phase(question, request)
 
     def _promote(self, keyring: Keyring, host: str, entry: HostSecrets, single_use: bool) -> None:
         """Note in the keyring what the host has been proved to honour. The gate stands whether or not that works."""

@@ -21,7 +21,12 @@ from typing import AbstractSet, Mapping, NamedTuple, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import EARLIEST_TIME, Honoured
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    HIGHEST_PORT,
+    Knock,
+    parse_knocks,
+    parse_sequences,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import (
     DEFAULT_LENGTH,
     LONGEST,
@@ -42,6 +47,8 @@ TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 _OPERATORS_OPTION = "knock_server_operators"
 _SEQUENCES_OPTION = "knock_server_sequences"
+# The newest, and during a rotation the former one.
+_MOST_GIVEN = 2
 _ADOPT_OPTION = "knock_server_adopt"
 _READMIT_OPTION = "knock_server_readmit"
 _VALID_UNTIL_OPTION = "knock_server_valid_until"
@@ -481,10 +488,12 @@ def _time(value: object, option: str) -> str:
     )
 
 
-def parse_given(value: object, operators: Sequence[str]) -> dict[str, tuple[Knock, ...]]:
-    """Read the sequences that a person gave: operator name to list of ``port/proto``.
+def parse_given(value: object, operators: Sequence[str]) -> dict[str, list[tuple[Knock, ...]]]:
+    """Read the sequences that a person gave: operator name to list of ``port/proto``, or to two such lists, the newest first.
 
-    :raises PortknockError: not such a mapping, or an operator that isn't in ``operators``.
+    Two that are the same are one.
+
+    :raises PortknockError: not such a mapping, an operator that isn't in ``operators``, or more than two sequences.
     """
     if value is None:
         return {}
@@ -499,10 +508,15 @@ def parse_given(value: object, operators: Sequence[str]) -> dict[str, tuple[Knoc
             f"{_SEQUENCES_OPTION}: expected operators that {_OPERATORS_OPTION} names ({', '.join(operators)}); "
             f"got {', '.join(unknown)}."
         )
-    return {
-        str(name): parse_knocks(knocks, f"{_SEQUENCES_OPTION}, operator {name}", secret=True)
-        for name, knocks in value.items()
-    }
+    given = {}
+    for name, sequences in value.items():
+        option = f"{_SEQUENCES_OPTION}, operator {name}"
+        given[str(name)] = parse_sequences(sequences, option)
+        if len(given[str(name)]) > _MOST_GIVEN:
+            raise PortknockError(
+                f"{option}: expected one sequence, or the newest and the former one; got {len(given[str(name)])}."
+            )
+    return given
 
 
 def read_host_state(value: object) -> HostState | None:
@@ -578,7 +592,7 @@ def plan_secrets(
     now: str,
     length: int = DEFAULT_LENGTH,
     protocols: Sequence[str] = ("tcp",),
-    given: Mapping[str, Sequence[Knock]] | None = None,
+    given: Mapping[str, Sequence[Sequence[Knock]]] | None = None,
     protected: AbstractSet[int] = frozenset(),
     nmap_ports: AbstractSet[int] = frozenset(),
     in_use: AbstractSet[int] = frozenset(),
@@ -594,7 +608,8 @@ def plan_secrets(
     * A sequence that is there stays, whatever length and protocols say: those are for new ones.
     * A given sequence that differs becomes ``next``; so does a new one where a generated one came to hold a port
       that is now protected. The former stays known until the new one is promoted.
-    * Two sequences that are honoured during a rotation stay as they are: ending it is not this function's.
+    * Of two given sequences the newest becomes ``next``, and both are honoured until it is given alone.
+    * Two generated sequences that are honoured during a rotation stay as they are: ending it is not this function's.
     * An operator who isn't named any more becomes inactive and keeps their sequence. One who was revoked stays out, named or
       not, until ``readmit`` names them, and then gets a new sequence.
     * An entry that was marked removed is live again.
@@ -607,11 +622,13 @@ def plan_secrets(
     :raises PortknockError: bad input, or a given sequence that breaks a rule.
     """
     names = check_operators(operators)
-    sequences = {name: tuple(knocks) for name, knocks in (given or {}).items()}
+    sequences = {name: [tuple(knocks) for knocks in several] for name, several in (given or {}).items()}
     warnings: list[str] = []
-    for name, knocks in sequences.items():
+    for name, several in sequences.items():
         option = f"{_SEQUENCES_OPTION}, operator {name}"
-        warnings += check(knocks, option, protected=protected, nmap_ports=nmap_ports, in_use=in_use)
+        for knocks in several:
+            found = check(knocks, option, protected=protected, nmap_ports=nmap_ports, in_use=in_use)
+            warnings += [warning for warning in found if warning not in warnings]
 
     known = {} if existing is None else dict(existing.operators)
     unknown = [name for name in readmit if name not in names]
@@ -622,17 +639,22 @@ def plan_secrets(
         )
     floor = max(0 if existing is None else existing.generation, 0 if state is None else state.generation)
     generation = floor + 1
-    barred = {*nmap_ports, *in_use, *protected, *(knock.port for knocks in sequences.values() for knock in knocks)}
+    barred = {
+        *nmap_ports,
+        *in_use,
+        *protected,
+        *(knock.port for several in sequences.values() for knocks in several for knock in knocks),
+    }
     new = NewSequences(generation, now, length, protocols, barred, list(known.values()), random)
     planned: dict[str, Operator] = {}
     created: list[str] = []
     deployed = 0 if state is None else state.generation
     for name in names:
         entry = known.get(name)
-        wish = StoredSequence(generation, sequences[name], GIVEN, now) if name in sequences else None
+        wishes = [StoredSequence(generation, knocks, GIVEN, now) for knocks in sequences.get(name, ())]
         if entry is None:
             created.append(name)
-            planned[name] = Operator(True, wish or new.make())
+            planned[name] = _newcomer(wishes or [new.make()])
             continue
         if entry.revoked is not None:
             if name not in readmit:
@@ -642,10 +664,15 @@ def plan_secrets(
                     f"off the list, or let them in again with a new sequence by {_READMIT_OPTION}."
                 )
                 continue
-            entry = replace(entry.retired(), revoked=None, current=wish or new.make())
+            entry = _newcomer(wishes or [new.make()])
         entry = replace(entry, active=True)
-        if wish is not None:
-            planned[name] = _with_given(entry, wish, deployed)
+        if wishes:
+            planned[name] = _with_given(entry, wishes, deployed)
+            if len(planned[name].honoured) < len(wishes):
+                warnings.append(
+                    f"{_SEQUENCES_OPTION}: the gate of {host} may honour neither of the two of operator {name} yet. It gets the "
+                    "newest alone, and the next run adds the former one."
+                )
         elif any(knock.port in protected for knock in entry.wanted.knocks):
             if entry.wanted.source == GIVEN:
                 raise PortknockError(
@@ -710,14 +737,38 @@ def plan_secrets(
     return Plan(changed, True, tuple(created), tuple(warnings))
 
 
-def _with_given(entry: Operator, wish: StoredSequence, deployed: int) -> Operator:
-    """An operator whose sequence a person gives."""
-    if entry.wanted.knocks == wish.knocks:
-        return entry
-    if entry.next is not None and entry.current.knocks == wish.knocks:
+def _newcomer(sequences: Sequence[StoredSequence]) -> Operator:
+    """An operator who has no sequence yet: with one, or with two, the newest first."""
+    if len(sequences) == 1:
+        return Operator(True, sequences[0])
+    return Operator(True, current=sequences[1], next=sequences[0], both=True)
+
+
+def _with_given(entry: Operator, wishes: Sequence[StoredSequence], deployed: int) -> Operator:
+    """An operator whose sequence a person gives, or two of them, the newest first."""
+    kept = {stored.knocks: stored for stored in (entry.current, entry.next) if stored is not None}
+    newest, *former = (kept.get(wish.knocks, wish) for wish in wishes)
+    if former and _on_host(entry, deployed) in (newest, *former):
+        # Whatever they were: from now on nobody but this person ends it.
+        following, current = replace(newest, source=GIVEN), replace(former[0], source=GIVEN)
+        if entry.both and (entry.next, entry.current) == (following, current):
+            return entry
+        return replace(entry, current=current, next=following, both=True, both_since=None)
+    # One that is wanted alone, or with another where the host's own would have to be forgotten before the new ones are proved.
+    if entry.wanted == newest:
+        return replace(entry, both=False, both_since=None)
+    if entry.next is not None and entry.current == newest:
         # Back to the former one; the other may be on the host, so it stays known.
-        return replace(entry, current=entry.next, next=wish, both=False, both_since=None)
-    return _with_next(entry, wish, deployed)
+        return replace(entry, current=entry.next, next=wishes[0], both=False, both_since=None)
+    return _with_next(entry, newest, deployed)
+
+
+def _on_host(entry: Operator, deployed: int) -> StoredSequence:
+    """The sequence that the host honours for sure, whatever else it does.
+
+    :param deployed: the generation of the host's gate.
+    """
+    return entry.next if entry.next is not None and entry.next.generation <= deployed else entry.current
 
 
 def _with_next(entry: Operator, following: StoredSequence, deployed: int) -> Operator:
@@ -725,10 +776,7 @@ def _with_next(entry: Operator, following: StoredSequence, deployed: int) -> Ope
 
     :param deployed: the generation of the host's gate. It tells which of two sequences the host honours.
     """
-    entry = replace(entry, both=False, both_since=None)
-    if entry.next is not None and entry.next.generation <= deployed:
-        return replace(entry, current=entry.next, next=following)
-    return replace(entry, next=following)
+    return replace(entry, current=_on_host(entry, deployed), next=following, both=False, both_since=None)
 
 
 def _fingerprinted(operator: Operator) -> object:

@@ -196,7 +196,7 @@ def _subject_of(request: Mapping[str, Any]) -> Subject:
             address
             for address in (*addresses, *others)
             if (request["source_trusted"] and address in addresses)
-            or is_trusted(_local_address(address), request["trusted"])
+            or is_trusted(local_address(address), request["trusted"])
         ),
         timeout=request["timeout"],
         place=request["place"],
@@ -321,7 +321,7 @@ def _sources_towards(addresses: Sequence[Address]) -> list[str]:
 
     Without link-local ones, whose scope means nothing on the host.
     """
-    sources = {_local_address(address) for address in addresses}
+    sources = {local_address(address) for address in addresses}
     return sorted(source for source in sources if source and "%" not in source)
 
 
@@ -330,7 +330,7 @@ def _has_scope(address: Address) -> bool:
 
 
 def _is_own(address: Address) -> bool:
-    return _local_address(address) == address.host
+    return local_address(address) == address.host
 
 
 def _look(seen: Probe) -> str:
@@ -347,11 +347,11 @@ def _names(addresses: Sequence[Address]) -> str:
 
 def _view(address: Address, place: str) -> str:
     """Where a look at the address comes from."""
-    source = _local_address(address)
+    source = local_address(address)
     return f"{source} on {place}" if place else source
 
 
-def _local_address(address: Address) -> str:
+def local_address(address: Address) -> str:
     """The address that packets to the host leave from, empty where there is no way to it."""
     with socket.socket(address.family, socket.SOCK_DGRAM) as sock:
         try:
@@ -361,4 +361,4 @@ def _local_address(address: Address) -> str:
         return str(sock.getsockname()[0])
 
 
-__all__ = ("QUESTIONS", "Proof", "Subject", "answer", "packed_addresses", "prove")
+__all__ = ("QUESTIONS", "Proof", "Subject", "answer", "local_address", "packed_addresses", "prove")

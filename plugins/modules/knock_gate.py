@@ -65,6 +65,13 @@ options:
     description: Seconds after which the host goes back by itself when the change has not been confirmed, 10 to 3600.
     type: int
     default: 60
+  proof:
+    description:
+      - Where the proof is made from. V(outside) is the controller, or the host of O(prove_from). V(host) is a temporary network
+        namespace on the gate's own host. See the role's variable knock_server_proof.
+    type: str
+    choices: [outside, host]
+    default: outside
   prove_from:
     description:
       - Name of the inventory's host that the proof is made from, by its own variables, without become; empty for the
@@ -97,7 +104,7 @@ options:
   phase:
     description:
       - Which step the host is asked to do; the action plugin sets it. V(scout), V(prove) and V(prove_removed) are for the
-        host of O(prove_from).
+        host of O(prove_from), or the gate's own with O(proof=host).
     type: str
     choices: [compare, apply, confirm, rollback, scout, prove, prove_removed]
     default: apply
@@ -148,7 +155,7 @@ proof:
   type: dict
   contains:
     seen_from:
-      description: Name of the host that looked; empty for the controller.
+      description: Name of the host that looked, the gate's own with O(proof=host); empty for the controller.
       type: str
     closed:
       description: For each address and protected port what a connection without the knock met, and what a closed port showed.
@@ -188,6 +195,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS
 from ansible_collections.fleet.portknock.plugins.module_utils._changes import PHASES
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._namespace import answer_apart
 from ansible_collections.fleet.portknock.plugins.module_utils._phases import run_phase
 from ansible_collections.fleet.portknock.plugins.module_utils._proof import QUESTIONS, answer
 
@@ -201,6 +209,7 @@ def main() -> None:
             "operators": {"type": "list", "elements": "str"},
             "templates": {"type": "path"},
             "confirm_timeout": {"type": "int", "default": 60},
+            "proof": {"type": "str", "choices": ["outside", "host"], "default": "outside"},
             "prove_from": {"type": "str", "default": ""},
             "found": {"type": "dict"},
             "shut": {"type": "list", "elements": "str", "default": []},
@@ -215,7 +224,8 @@ def main() -> None:
         if not isinstance(payload, dict):
             raise PortknockError("knock_gate runs through its action plugin; this call did not come from it.")
         if module.params["phase"] in QUESTIONS:
-            module.exit_json(changed=False, answer=answer(module.params["phase"], payload))
+            look = answer_apart if payload.get("apart") else answer
+            module.exit_json(changed=False, answer=look(module.params["phase"], payload))
         result = run_phase(
             module.params["phase"],
             module.params["state"],

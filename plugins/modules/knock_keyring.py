@@ -69,7 +69,8 @@ options:
   sequences:
     description:
       - Sequences of your own, or what P(fleet.portknock.knock_sequence#filter) derives, as a mapping from an operator's
-        name to a list of port/protocol. Keep them in the vault.
+        name to a list of port/protocol, or during a rotation to a list of two such lists, the newest first. Keep them in the
+        vault.
       - They are held to the rules of those that are made, except that a port on which a service of the host listens
         is a warning.
       - An operator whose sequence is taken out of this mapping keeps it.

@@ -4,77 +4,45 @@
 
 from __future__ import annotations
 
-import re
-import secrets
+import json
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from ansible_collections.fleet.portknock.plugins.module_utils._derivation import derive_sequence
-from lab import FAMILIES, Fleet, Run
+from deriving import OPENS, SITE, STAYS_CLOSED, Deriving
+from lab import RUN_SECONDS, Fleet, Run, recap_of
 
 HOST = "web1"
-SITE = "fleet.portknock.site"
-FORMER = "{{ knock_secret | fleet.portknock.knock_sequence(host=inventory_hostname, generation=2) }}"
+ONLY = "{{{{ knock_secret | fleet.portknock.knock_sequence(host=inventory_hostname, generation={}) }}}}"
+PING = "ping.yml"
 ENCRYPTED = {"knock_secret": "$ANSIBLE_VAULT;1.1;AES256\n3061"}
 # What a boot loads, and what the kernel has.
 GATE = "sha256sum /etc/fleet-portknock/*; nft -s list map inet fleet_portknock step"
 NO_MASTER = "-o ControlMaster=no -o ControlPath=none"
 
 
-class Controller:
+class Controller(Deriving):
     """The fleet's folder, with a secret beside the inventory."""
 
     def __init__(self, fleet: Fleet) -> None:
-        self.fleet = fleet
-        self.secret = secrets.token_hex(32)
-        # What a service of the host waits on is in what is found there, whatever else it is used for.
-        self.live = ""
+        super().__init__(fleet, HOST)
         path = fleet.directory / "host_vars" / f"{HOST}.yml"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f"knock_secret: {self.secret}\n")
-        subprocess.run(
-            ["ansible-vault", "encrypt", str(path)], env=fleet.environment(), check=True, capture_output=True
-        )
-
-    def sequence(self, generation: int) -> list[str]:
-        return [str(knock) for knock in derive_sequence(self.secret, HOST, generation=generation)]
+        path.write_text(self.encrypted_secret())
 
     def play(self, playbook: str | Path, generation: int = 1, folder: Path | None = None, **variables: object) -> Run:
-        """A run at -vvv that shows nothing of three generations."""
+        """A run at -vvv that shows nothing of any generation."""
         run = self.fleet.play(
             playbook,
-            *("-vvv", "--extra-vars", f"knock_generation={generation}"),
+            *("-vvv", "--limit", HOST, "--extra-vars", f"knock_generation={generation}"),
             inventory=folder / "inventory.yml" if folder else None,
             variables=variables,
             ANSIBLE_SSH_ARGS=NO_MASTER,
         )
-        numbers = set(re.findall(r"(?<![\w.])\d{4,5}(?![\w.])", run.output))
-        for number in (1, 2, 3):
-            knocks = [knock for knock in self.sequence(number) if knock != self.live]
-            assert not any(knock in run.output for knock in knocks)
-            # One may stand there by chance, as a process id or a size.
-            assert len(numbers & {knock.partition("/")[0] for knock in knocks}) < 2
-        assert self.secret not in run.output
+        self.check(run.output)
         return run
-
-    def opens(self, generation: int) -> dict[str, tuple[str, str]]:
-        """How the port looks without and with a generation's knock, from a source of its own for each family."""
-        seen = {}
-        for family in FAMILIES:
-            (source,), target = self.fleet.sources.take(family), self.fleet.hosts[HOST][family]
-            before, _knocked, after = self.fleet.outside(
-                ["connect", source, target, 22],
-                ["knock", source, target, self.sequence(generation)],
-                ["connect", source, target, 22],
-            )
-            seen[family] = (before, after)
-        return seen
-
-
-OPENS = dict.fromkeys(FAMILIES, ("reset", "open"))
-STAYS_CLOSED = dict.fromkeys(FAMILIES, ("reset", "reset"))
 
 
 @pytest.fixture(scope="module")
@@ -105,34 +73,51 @@ def test_the_role_takes_the_expression(controller: Controller) -> None:
 
 
 def test_a_controller_without_files_gets_in(controller: Controller, empty: Path) -> None:
-    ping = controller.fleet.write("ping.yml", [{"hosts": "all", "gather_facts": False, "tasks": [{"ping": None}]}])
-    run = controller.play(ping, folder=empty)
+    controller.fleet.write(PING, [{"hosts": "all", "gather_facts": False, "tasks": [{"ping": None}]}])
+    run = controller.play(PING, folder=empty)
     assert run.status == 0, run.output
     assert "Knocked: open after" in run.output
     assert sorted(path.name for path in empty.iterdir()) == ["group_vars", "host_vars", "inventory.yml"]
 
 
-def test_the_next_generation_rotates_and_a_live_port_is_a_warning(controller: Controller) -> None:
+def test_during_the_grace_period_two_generations_open(controller: Controller) -> None:
+    """Whoever knows only one of them gets in; a live port in the new one is a warning."""
     controller.live = controller.sequence(2)[1]
     port, _slash, _proto = controller.live.partition("/")
     controller.fleet.execute(HOST, f"systemd-run --unit=live python3 -m http.server {port}")
     try:
         assert controller.opens(2) == STAYS_CLOSED
-        run = controller.play(SITE, generation=2)
+        run = controller.play(SITE, generation=2, knock_grace=True)
         assert run.status == 0, run.output
         assert run.recap[HOST]["changed"]
         assert "1 knock goes to a port on which a service of the host listens." in run.output.replace("\n", " ")
-        again = controller.play(SITE, generation=2)
+        since = controller.fleet.secrets(HOST)["operators"]["default"]["both_since"]
+        again = controller.play(SITE, generation=2, knock_grace=True)
         assert (again.status, again.recap[HOST]["changed"]) == (0, 0), again.output
+        assert controller.fleet.secrets(HOST)["operators"]["default"]["both_since"] == since
     finally:
         controller.fleet.execute(HOST, "systemctl stop live")
         controller.live = ""
+    assert (controller.opens(1), controller.opens(2)) == (OPENS, OPENS)
+    for number in (1, 2):
+        ping = controller.play(PING, knock_sequences=ONLY.format(number))
+        assert ping.status == 0, ping.output
+        assert "Knocked: open after" in ping.output
+
+
+def test_afterwards_the_new_generation_opens_alone(controller: Controller) -> None:
+    """Which the host itself is asked to prove, over ssh."""
+    run = controller.play(SITE, generation=2, knock_server_proof="host")
+    assert run.status == 0, run.output
+    assert run.recap[HOST]["changed"]
+    assert f'"seen_from": "{HOST}"' in run.output
     assert (controller.opens(1), controller.opens(2)) == (STAYS_CLOSED, OPENS)
+    assert "both_since" not in controller.fleet.secrets(HOST)["operators"]["default"]
 
 
 def test_a_gate_that_the_connection_could_not_open_is_not_loaded(controller: Controller) -> None:
     before = controller.fleet.execute(HOST, GATE)
-    run = controller.play(SITE, generation=3, knock_sequences=FORMER)
+    run = controller.play(SITE, generation=3, knock_sequences=ONLY.format(2))
     assert run.status == 2
     assert "knock_sequences: expected a sequence that the gate is to honour" in run.output
     assert controller.fleet.execute(HOST, GATE) == before
@@ -152,3 +137,65 @@ def test_a_secret_that_nothing_decrypted_is_refused(controller: Controller, empt
     run = controller.play(SITE, generation=3, folder=empty, **ENCRYPTED)
     assert run.status != 0
     assert "got text that Ansible's vault has encrypted and nothing decrypted." in run.output.replace("\n", " ")
+
+
+class Runner:
+    """ansible-runner with a private data folder that holds an inventory and nothing else, as a job's container does."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+        self.folder = controller.fleet.directory / "runner"
+
+    def empty(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        inventory = self.folder / "inventory"
+        inventory.mkdir(parents=True)
+        fleet = self.controller.fleet
+        shutil.copy(fleet.inventory, inventory / "hosts.yml")
+        for variables in ("group_vars", "host_vars"):
+            shutil.copytree(fleet.directory / variables, inventory / variables)
+
+    def play(self, name: str, generation: int, **variables: object) -> Run:
+        """A run at -vvv; neither what it shows nor what the runner keeps of it gives anything away."""
+        given = {"knock_generation": generation, "knock_keyring_dir": str(self.folder / "keyring"), **variables}
+        words = ["-vvv", "--limit", HOST, "--extra-vars", json.dumps(given)]
+        argv = [
+            "ansible-runner",
+            "run",
+            str(self.folder),
+            "-p",
+            SITE,
+            "--ident",
+            name,
+            f"--cmdline={shlex.join(words)}",
+        ]
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self.controller.fleet.environment(ANSIBLE_SSH_ARGS=NO_MASTER),
+            timeout=RUN_SECONDS,
+            check=False,
+        )
+        kept = [path for path in self.folder.glob("artifacts/**/*") if path.is_file()]
+        assert len(kept) > 10
+        for text in (done.stdout, *(path.read_text(errors="replace") for path in kept)):
+            self.controller.check(text)
+        return Run(done.returncode, done.stdout, recap_of(done.stdout))
+
+
+def test_a_job_s_empty_folder_deploys_and_rotates(controller: Controller) -> None:
+    runner = Runner(controller)
+    runner.empty()
+    first = runner.play("first", 3, knock_server_adopt=True)
+    assert first.status == 0, first.output
+    assert first.recap[HOST]["changed"]
+    again = runner.play("again", 3)
+    assert (again.status, again.recap[HOST]["changed"]) == (0, 0), again.output
+    assert (controller.opens(3), controller.opens(4)) == (OPENS, STAYS_CLOSED)
+    runner.empty()
+    rotated = runner.play("rotated", 4, knock_server_adopt=True)
+    assert rotated.status == 0, rotated.output
+    assert (controller.opens(3), controller.opens(4)) == (STAYS_CLOSED, OPENS)

@@ -25,6 +25,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     read_host_state,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._rotation import finish
 
 NOW = "2026-01-31T08:15:00Z"
 LATER = "2026-02-28T20:00:00Z"
@@ -504,17 +505,17 @@ def test_packages_are_noted_and_forgotten_without_a_new_generation() -> None:
 
 def test_a_given_sequence_waits_beside_the_former_one() -> None:
     first = entry(default=Operator(True, stored(A)))
-    second = plan(first, given={"default": B})
+    second = plan(first, given={"default": [B]})
     assert second.changed
     assert second.secrets.operators["default"] == Operator(True, stored(A), StoredSequence(4, B, "given", LATER))
     assert opening(second.secrets) == [B]
-    assert not plan(second.secrets, given={"default": B}).changed
-    assert not plan(second.secrets.promoted(LATER), given={"default": B}).changed
+    assert not plan(second.secrets, given={"default": [B]}).changed
+    assert not plan(second.secrets.promoted(LATER), given={"default": [B]}).changed
 
 
 def test_going_back_before_the_new_one_is_proved_keeps_both() -> None:
-    half = plan(entry(default=Operator(True, stored(A))), given={"default": B}).secrets
-    back = plan(half, given={"default": A}).secrets
+    half = plan(entry(default=Operator(True, stored(A))), given={"default": [B]}).secrets
+    back = plan(half, given={"default": [A]}).secrets
     assert opening(back) == [A]
     assert back.operators["default"].current.knocks == B
 
@@ -525,10 +526,74 @@ def test_going_back_before_the_new_one_is_proved_keeps_both() -> None:
     ids=["the host still has the former one", "the host has the new one"],
 )
 def test_a_third_sequence_before_the_second_is_promoted(deployed: int, kept: tuple[Knock, ...]) -> None:
-    half = plan(entry(default=Operator(True, stored(A))), given={"default": B}).secrets
-    third = plan(half, given={"default": C}, state=HostState("ring", deployed)).secrets
+    half = plan(entry(default=Operator(True, stored(A))), given={"default": [B]}).secrets
+    third = plan(half, given={"default": [C]}, state=HostState("ring", deployed)).secrets
     assert third.operators["default"].current.knocks == kept
     assert opening(third) == [C]
+
+
+def deployed(secrets: HostSecrets) -> tuple[HostSecrets, HostState]:
+    """The entry after its gate was proved, and what the host then says of itself."""
+    return secrets.promoted(LATER), HostState("ring", secrets.generation)
+
+
+@pytest.mark.parametrize("source", ["given", "generated"])
+def test_a_rotation_by_given_sequences(source: str) -> None:
+    """The former one alone, both, the newest alone; whatever is proved or not, one that the host honours is known."""
+    first = entry(default=Operator(True, replace(stored(A), source=source)))
+    both = plan(first, given={"default": [B, A]}, state=HostState("ring", 3)).secrets
+    operator = both.operators["default"]
+    assert opening(both) == [B, A]
+    assert both.to_prove(["default"]) == B
+    assert {stored.source for stored in operator.honoured} == {"given"}
+    assert not plan(both, given={"default": [B, A]}, state=HostState("ring", 3)).changed
+    proved, state = deployed(both)
+    assert proved.operators["default"].both_since == LATER
+    assert not plan(proved, given={"default": [B, A]}, state=state).changed
+    assert "retired" not in finish(proved, ["default"], grace=0, now=LATER).done.values()
+    alone = plan(proved, given={"default": [B]}, state=state).secrets
+    assert opening(alone) == [B]
+    assert [knocks for _name, knocks in alone.candidates()] == [A, B]
+    ended, state = deployed(alone)
+    assert ended.operators["default"] == Operator(True, operator.honoured[0])
+    assert not plan(ended, given={"default": [B]}, state=state).changed
+    # Straight to the next one.
+    assert opening(plan(proved, given={"default": [C, B]}, state=HostState("ring", both.generation)).secrets) == [C, B]
+
+
+def test_two_given_sequences_from_the_beginning() -> None:
+    made = plan(None, given={"default": [B, A]})
+    assert made.created == ("default",)
+    assert opening(made.secrets) == [B, A]
+    assert not plan(made.secrets, given={"default": [B, A]}).changed
+
+
+def test_two_given_sequences_where_the_host_may_have_neither() -> None:
+    """Its own is not forgotten before one of the new ones is proved; then the other one comes back."""
+    first = entry(default=Operator(True, stored(A)))
+    half = plan(first, given={"default": [C, B]}, state=HostState("ring", 3))
+    assert opening(half.secrets) == [C]
+    assert half.secrets.operators["default"].current == stored(A)
+    assert half.warnings == (
+        "knock_server_sequences: the gate of web1 may honour neither of the two of operator default yet. It gets the newest "
+        "alone, and the next run adds the former one.",
+    )
+    assert not plan(half.secrets, given={"default": [C, B]}, state=HostState("ring", 3)).changed
+    proved, state = deployed(half.secrets)
+    whole = plan(proved, given={"default": [C, B]}, state=state)
+    assert (opening(whole.secrets), whole.warnings) == ([C, B], ())
+
+
+def test_two_given_sequences_the_other_way_round() -> None:
+    proved, state = deployed(plan(entry(default=Operator(True, stored(A))), given={"default": [B, A]}).secrets)
+    back = plan(proved, given={"default": [A, B]}, state=state).secrets
+    assert opening(back) == [A, B]
+    assert opening(plan(back, given={"default": [A]}, state=state).secrets) == [A]
+
+
+def test_two_given_sequences_of_one_operator_that_begin_alike() -> None:
+    with pytest.raises(PortknockError, match=r"two of default's begin alike\.$"):
+        plan(None, given={"default": [(A[0], *B[1:]), A]})
 
 
 def test_a_generated_sequence_gives_way_to_a_protected_port() -> None:
@@ -561,7 +626,7 @@ def test_another_length_is_for_the_next_rotation() -> None:
 
 
 def test_a_live_service_under_a_given_sequence() -> None:
-    made = plan(None, given={"default": A}, in_use={30000})
+    made = plan(None, given={"default": [A]}, in_use={30000})
     assert made.changed
     assert made.warnings == (
         "knock_server_sequences, operator default: 1 knock goes to a port on which a service of the host listens. The "
@@ -572,7 +637,7 @@ def test_a_live_service_under_a_given_sequence() -> None:
 def test_given_sequences_that_begin_alike() -> None:
     other = (A[0], *B[1:])
     with pytest.raises(PortknockError) as caught:
-        plan(None, ["alice", "bob"], given={"alice": A, "bob": other})
+        plan(None, ["alice", "bob"], given={"alice": [A], "bob": [other]})
     assert str(caught.value) == (
         "knock_server_sequences: expected sequences that begin with different knocks; those of alice and bob begin alike."
     )
@@ -580,7 +645,7 @@ def test_given_sequences_that_begin_alike() -> None:
 
 def test_a_generated_sequence_shares_no_port_with_a_given_one() -> None:
     keep = {port for port in range(1024, 65536) if port not in {*range(40000, 40012, 2), 30000, 50000}}
-    made = plan(None, ["alice", "bob"], given={"alice": A}, in_use=keep)
+    made = plan(None, ["alice", "bob"], given={"alice": [A]}, in_use=keep)
     assert {knock.port for knock in made.secrets.operators["bob"].current.knocks} <= {40002, 40004, 40006, 40008, 40010}
 
 
@@ -613,7 +678,11 @@ def test_bad_operators(value: object, says: str) -> None:
 
 
 def test_given_sequences_are_read() -> None:
-    assert parse_given({"a": ["40000/tcp", "30000/udp", "50000/tcp"]}, ["a", "b"]) == {"a": A}
+    assert parse_given({"a": ["40000/tcp", "30000/udp", "50000/tcp"]}, ["a", "b"]) == {"a": [A]}
+    assert parse_given({"a": [["41000/tcp"], ["42000/udp"]]}, ["a"]) == {
+        "a": [(Knock(41000, "tcp"),), (Knock(42000, "udp"),)]
+    }
+    assert parse_given({"a": [["41000/tcp"], ["41000/tcp"]]}, ["a"]) == {"a": [(Knock(41000, "tcp"),)]}
     assert parse_given({}, ["a"]) == parse_given(None, ["a"]) == {}
 
 
@@ -631,7 +700,8 @@ def test_given_sequences_are_read() -> None:
         ),
         (
             {"a": "48396/tcp"},
-            "knock_server_sequences, operator a: expected a list such as [22/tcp]; got another type.",
+            "knock_server_sequences, operator a: expected a sequence, which is a list of port/protocol, or a list of "
+            "sequences; got another type.",
         ),
         (
             {"a": ["48396"]},
@@ -639,6 +709,15 @@ def test_given_sequences_are_read() -> None:
             "22/tcp; got another value.",
         ),
         ({"a": ["48396/tcp"] * 2}, "knock_server_sequences, operator a: expected each port once; got one twice."),
+        (
+            {"a": [["48396/tcp"], ["48396"]]},
+            "knock_server_sequences, operator a: expected port/protocol, a port from 1 to 65535 and tcp or udp, such as "
+            "22/tcp; got another value.",
+        ),
+        (
+            {"a": [["48396/tcp"], ["48397/tcp"], ["48398/tcp"]]},
+            "knock_server_sequences, operator a: expected one sequence, or the newest and the former one; got 3.",
+        ),
     ],
 )
 def test_bad_given_sequences_are_not_echoed(value: object, says: str) -> None:

@@ -169,7 +169,7 @@ PROTECTIONS: tuple[Protection, ...] = (
         "the lock",
         "second run",
         "change",
-        Step("confirm", "systemctl restart"),
+        Step("confirm", "nft --version"),
         (
             Cut(_TRIAL, "                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"),
             Cut(

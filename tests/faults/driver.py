@@ -108,8 +108,16 @@ class Driver:
     def to_base(self, kind: str, hosts: Sequence[Host]) -> None:
         """Bring hosts to where a kind of play begins: without a gate for the first apply, with one for all others."""
         others = [host.name for host in hosts if host.is_gated == (kind == "first")]
-        if others:
-            run = Play(self.fleet, "remove" if kind == "first" else "first", others).wait()
+        self.bring("remove" if kind == "first" else "first", others, kind)
+        if kind == "rotate":
+            # A fleet that is used again may have been left in the middle.
+            rotating = [host.name for host in hosts if self.judge.keyring.is_rotating(host.name)]
+            self.bring("rotate", rotating, kind)
+            self.judge.keyring.forget_rotations()
+
+    def bring(self, play: str, hosts: Sequence[str], kind: str) -> None:
+        if hosts:
+            run = Play(self.fleet, play, hosts).wait()
             if run.status:
                 raise SystemExit(f"hosts can't be brought to where a play ({kind}) begins:\n{run.output}")
 

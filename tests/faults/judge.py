@@ -64,6 +64,10 @@ class Keyring:
         new.chmod(0o600)
         new.rename(self.path(host))
 
+    def is_rotating(self, host: str) -> bool:
+        """Whether an operator of the host has two sequences."""
+        return any("next" in operator for operator in self.read(host)["operators"].values())
+
     def stage(self, host: str, former: int) -> str:
         """Which of a rotation's writings the host's entry is the outcome of; empty before the first.
 

@@ -44,7 +44,7 @@ molecule: tools images ## every scenario, or one: make molecule SCENARIO=default
 	@python3 scripts/check.py $(if $(SCENARIO),molecule:$(SCENARIO),molecule)
 
 .PHONY: faults
-faults: tools images ## break the protection of a gate at every step of a run (takes 40 minutes)
+faults: tools images ## break the protection of a gate at every step of a run (takes more than an hour)
 	@python3 scripts/check.py faults:full
 
 .PHONY: bench

@@ -83,6 +83,8 @@ class GateHost:
         self._paths = {name: root + file.path for name, file in backend.files.items()}
         self._gate = self._paths["gate"]
         self.trial = Trial(root + RUN_FOLDER, run)
+        # There during a trial of nothing but the gate itself.
+        self._installed = self.trial.path("installed")
 
     def inspect(self) -> Found:
         """Read files and kernel; changes nothing."""
@@ -141,6 +143,8 @@ class GateHost:
         # A number that is another operator's from now on must not put former openings down to them.
         self._backend.load(self._backend.forgetting(text) if _renames(found.state, wanted) else text, found.listing)
         write_text(self.trial.path("loaded"), _as_text(self._digests()), 0o600)
+        if self._is_installed(wanted, found):
+            write_text(self._installed, "", 0o600)
 
     def confirm(self, wanted: Wanted, run: str) -> None:
         """Make the loaded gate the one that a reboot brings back, then disarm. The trial's lock must be held.
@@ -151,6 +155,17 @@ class GateHost:
         digests = self._digests()
         if not digests or _as_text(digests) != read_text(self.trial.path("loaded")):
             raise PortknockError("The gate on trial is no longer loaded as it was: another program has changed it.")
+        # New secrets alone, as in a rotation, change nothing but the gate. What is on disk now would not say so: a confirmation
+        # that died in this trial may have written it, without having told systemd.
+        if not os.path.exists(self._installed) or not all(map(self._runs, self._backend.services)):
+            self._install(wanted)
+        text = self._boot_text(wanted, digests, run, _names(_state_in(read_text(self._gate) or ""), wanted))
+        write_text(self.trial.path("committed"), text, 0o600)
+        write_text(self._gate, text, 0o600)
+        self.trial.end()
+
+    def _install(self, wanted: Wanted) -> None:
+        """Put everything but the gate in its place, and start what watches over it."""
         _make_private_folder(self._config)
         for name, path in self._paths.items():
             if path != self._gate:
@@ -161,10 +176,12 @@ class GateHost:
         self._systemctl("daemon-reload")
         # They answer before the gate is kept: one that nobody watches over would not stay closed.
         self._systemctl("restart", *self._backend.services)
-        text = self._boot_text(wanted, digests, run, _names(_state_in(read_text(self._gate) or ""), wanted))
-        write_text(self.trial.path("committed"), text, 0o600)
-        write_text(self._gate, text, 0o600)
-        self.trial.end()
+
+    def _is_installed(self, wanted: Wanted, found: Found) -> bool:
+        """Whether everything but the gate was in its place, and running, when this run came to the host."""
+        same = all(found.texts[name] == wanted.texts[name] for name, path in self._paths.items() if path != self._gate)
+        has_units = found.enabled.issuperset(self._backend.units) and found.running.issuperset(self._backend.services)
+        return same and found.private and has_units
 
     def names(self, found: Found) -> Mapping[str, str]:
         """The names of the operators whom the loaded gate's numbers mean, those of former gates among them."""

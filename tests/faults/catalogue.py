@@ -12,11 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hosts import Host, Step
+from hosts import WRITINGS, Host, Step
 from judge import Keyring
 from lab import wait_until
 from play import Play
 
+# What begins with a gate and keeps one.
+KEPT = ("change", "broken", "rotate")
+# Until here a rotation has put nothing but the first of its two changes on trial.
+FIRST_HALF = ("look", "after look", WRITINGS[0], "apply both", "after apply both", "confirm both")
 # How long a change is on trial, and how much later the host must have gone back at the latest. A change that is to be
 # confirmed gets time for it, on a machine that has other things to do.
 TRIAL_SECONDS = 10
@@ -32,7 +36,7 @@ RESTORE_NEIGHBOUR = "nft list table inet neighbour >/dev/null 2>&1 || systemctl 
 _UNUSED = range(20000, 60000)
 
 
-@dataclass
+@dataclass(eq=False)
 class Attempt:
     """One fault, on one host, at one step of one play, and what came of it."""
 
@@ -50,6 +54,10 @@ class Attempt:
     others: list[str] = field(default_factory=list)
     longest_hole: float = 0.0
     kept: bytes | None = None
+    # What was in the keyring before the play: the sequences, the entry's generation, and which file it was.
+    former: list[list[str]] = field(default_factory=list)
+    former_generation: int = 0
+    seen_file: tuple[int, int] = (0, 0)
 
     @property
     def is_broken(self) -> bool:
@@ -60,9 +68,20 @@ class Attempt:
 
     @property
     def trial(self) -> int:
-        """Seconds for which the change is on trial."""
+        """Seconds for which the change that the step belongs to is on trial."""
         may_be_confirmed = "confirm" in self.step.phase or not (self.fault.dies or self.is_broken)
         return CONFIRMED_TRIAL_SECONDS if may_be_confirmed else TRIAL_SECONDS
+
+    @property
+    def trials(self) -> tuple[int, ...]:
+        """Seconds for which each of the play's changes is on trial; the last holds for those that come after it, too."""
+        is_second = self.kind == "rotate" and self.step.phase not in FIRST_HALF
+        return (CONFIRMED_TRIAL_SECONDS, self.trial) if is_second else (self.trial,)
+
+    @property
+    def is_controllers(self) -> bool:
+        """Whether the step is the controller's own, which goes on at once: no call on the host can be stopped there."""
+        return self.kind == "rotate" and not self.step.call
 
     @property
     def verdicts(self) -> list[str]:
@@ -87,6 +106,8 @@ class Fault:
     needs_clock = False
     # At how many steps of a kind of play the full form tries it.
     most = 4
+    # The kinds of play of which it tries every step.
+    everywhere: tuple[str, ...] = ()
     # How long an un-knocked source may get in, in seconds.
     bearable_hole = 0.0
     # Whether other people's rules stay as they were.
@@ -115,6 +136,7 @@ class ControllerKilled(Fault):
     name = "controller killed"
     dies = True
     kills_controller = True
+    everywhere = ("rotate",)
 
     def fits(self, _kind: str, _step: Step, _host: Host) -> bool:
         return True
@@ -205,7 +227,7 @@ class DiskFull(Fault):
         if kind == "first" and self._folder == "/etc/fleet-portknock":
             return False
         # Before a confirmation nothing is written outside of /run.
-        return bool(step.call) and (self._folder == "/run" or step.phase == "confirm")
+        return bool(step.call) and (self._folder == "/run" or step.phase.startswith("confirm"))
 
     def before(self, attempt: Attempt) -> None:
         if self._folder != "/run":
@@ -251,7 +273,9 @@ class Planted(Fault):
         # Before a first run reads the keyring, nothing says that what is planted is wrong: the host gets it, and the backup
         # would be the wrong one then.
         is_what_is_read = not self._foreign and kind == "first" and step.phase == "look"
-        return super().fits(kind, step, host) and not is_what_is_read
+        # Later in a rotation the backup is out of date before it is put back, and the host's generation says so.
+        is_outdated = kind == "rotate" and step.phase != "look"
+        return super().fits(kind, step, host) and not is_what_is_read and not is_outdated
 
     def strike(self, attempt: Attempt) -> None:
         keyring, host = attempt.keyring, attempt.host.name
@@ -311,7 +335,7 @@ class Flushed(Fault):
         self._daemon = daemon
 
     def fits(self, kind: str, _step: Step, _host: Host) -> bool:
-        return kind in ("change", "broken")
+        return kind in KEPT
 
     def strike(self, attempt: Attempt) -> None:
         if self._daemon:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from catalogue import CLOCK, CONFIRMED_TRIAL_SECONDS, GRACE_SECONDS, HOUR, Attempt
-from hosts import TRIAL, Host, steps_of
+from catalogue import CLOCK, CONFIRMED_TRIAL_SECONDS, GRACE_SECONDS, HOUR, KEPT, Attempt
+from hosts import TRIAL, WRITINGS, Host, Step, steps_of
 from judge import Judge, Prober
 from lab import Fleet, wait_until
 from play import Play
@@ -22,6 +22,7 @@ PHASES = {
     "first": ("look", "apply", "confirm"),
     "change": ("look", "apply", "confirm"),
     "broken": ("look", "apply", "rollback"),
+    "rotate": ("look", "apply both", "confirm both", "apply alone", "confirm alone"),
     "remove": ("take away", "confirm"),
 }
 # The preloaded library that steps a clock breaks the sleep of Python 3.11 and newer.
@@ -98,6 +99,8 @@ class Driver:
             for example in examples:
                 example.disarm()
                 steps = steps_of(example.calls(), phases)
+                if kind == "rotate":
+                    steps.update({Step(name): 0 for name in WRITINGS})
                 for host in self.hosts:
                     if host.image == example.image:
                         host.steps[kind] = steps
@@ -105,8 +108,16 @@ class Driver:
     def to_base(self, kind: str, hosts: Sequence[Host]) -> None:
         """Bring hosts to where a kind of play begins: without a gate for the first apply, with one for all others."""
         others = [host.name for host in hosts if host.is_gated == (kind == "first")]
-        if others:
-            run = Play(self.fleet, "remove" if kind == "first" else "first", others).wait()
+        self.bring("remove" if kind == "first" else "first", others, kind)
+        if kind == "rotate":
+            # A fleet that is used again may have been left in the middle.
+            rotating = [host.name for host in hosts if self.judge.keyring.is_rotating(host.name)]
+            self.bring("rotate", rotating, kind)
+            self.judge.keyring.forget_rotations()
+
+    def bring(self, play: str, hosts: Sequence[str], kind: str) -> None:
+        if hosts:
+            run = Play(self.fleet, play, hosts).wait()
             if run.status:
                 raise SystemExit(f"hosts can't be brought to where a play ({kind}) begins:\n{run.output}")
 
@@ -125,6 +136,23 @@ class Driver:
                     (self.fleet.directory / f"wrong-{host.name}.log").write_text(run.output)
         return wrong
 
+    def end_rotation(self, attempts: Sequence[Attempt]) -> dict[str, str]:
+        """Run rotate.yml once more; what was wrong, by host."""
+        wrong: dict[str, str] = {}
+        run = Play(self.fleet, "rotate", [attempt.host.name for attempt in attempts]).wait()
+
+        def look(attempt: Attempt) -> None:
+            numbers = run.recap.get(attempt.host.name, {"failed": 1})
+            problems = self.judge.unrotated(attempt.host, attempt.former)
+            if numbers.get("failed") or numbers.get("unreachable"):
+                problems.append("the next run of rotate.yml fails")
+            if problems:
+                wrong[attempt.host.name] = ", ".join(problems)
+                (self.fleet.directory / f"wrong-{attempt.host.name}.log").write_text(run.output)
+
+        list(self.pool.map(look, attempts))
+        return wrong
+
     def reset(self, host: Host) -> None:
         """By hand, for a host that nothing else brings back."""
         host.disarm()
@@ -140,11 +168,16 @@ class Driver:
 
     def break_one_play(self, attempts: Sequence[Attempt]) -> None:
         """One play, with one attempt on each of its hosts; then judge, and let the product put it right."""
-        self.strike_and_judge([attempts])
-        wrong = self.converge([attempt.host for attempt in attempts])
+        # Whoever kills the controller at a step of its own can't wait until other hosts have got to theirs.
+        alone = [[attempt] for attempt in attempts if attempt.is_controllers and attempt.fault.kills_controller]
+        together = [attempt for attempt in attempts if [attempt] not in alone]
+        self.strike_and_judge([*alone, *([together] if together else [])])
+        rotated = self.end_rotation(attempts) if attempts[0].kind == "rotate" else {}
+        converged = self.converge([attempt.host for attempt in attempts])
         for attempt in attempts:
-            if attempt.host.name in wrong:
-                attempt.others.append(wrong[attempt.host.name])
+            wrong = [found[attempt.host.name] for found in (rotated, converged) if attempt.host.name in found]
+            attempt.others += wrong
+            if wrong:
                 self.reset(attempt.host)
             for verdict in attempt.verdicts:
                 self.say(f"{attempt.host.name}: {attempt.fault.name}, {attempt.label}: {verdict}")
@@ -162,9 +195,10 @@ class Driver:
         for attempt in attempts:
             attempt.keyring, attempt.begin_second_run = self.judge.keyring, self.begin_second_run
             attempt.fault.before(attempt)
+            self.note_former(attempt)
             number = attempt.host.steps[attempt.kind][attempt.step] if attempt.step.call else 0
             attempt.host.arm(number, attempt.fault.action)
-        watched = [attempt.host for attempt in attempts if attempt.kind in ("change", "broken")]
+        watched = [attempt.host for attempt in attempts if attempt.kind in KEPT]
         prober = Prober(self.fleet, self.judge, watched)
         list(self.pool.map(self.play, plays))
         self.each(self.wait_for_rest, [attempt.host for attempt in attempts])
@@ -179,7 +213,7 @@ class Driver:
             attempts[0].kind,
             [attempt.host.name for attempt in attempts],
             [attempt.host.name for attempt in attempts if attempt.is_broken],
-            {attempt.host.name: attempt.trial for attempt in attempts},
+            {attempt.host.name: attempt.trials for attempt in attempts},
             attempts[0].collections,
         )
         waiting = list(attempts)
@@ -195,6 +229,8 @@ class Driver:
             play.kill()
             for attempt in attempts:
                 attempt.host.go_on()
+            if attempts[0].kind == "rotate":
+                list(self.pool.map(self.look_at_once, attempts))
         run = play.wait()
         for strike in strikes:
             strike.result()
@@ -206,14 +242,31 @@ class Driver:
             attempt.others.append("the step was not reached")
             (self.fleet.directory / f"missed-{attempt.host.name}.log").write_text(run.output)
 
-    @staticmethod
-    def is_there(attempt: Attempt) -> bool:
+    def note_former(self, attempt: Attempt) -> None:
+        """Note what the keyring holds before the play."""
+        if attempt.kind == "rotate":
+            attempt.former = self.judge.keyring.sequences(attempt.host.name)
+            attempt.former_generation = self.judge.keyring.read(attempt.host.name)["generation"]
+
+    def is_there(self, attempt: Attempt) -> bool:
         host = attempt.host
         if attempt.step.call:
             return bool(host.reached())
+        if attempt.step.phase in WRITINGS:
+            return self.is_written(attempt)
         number = host.steps[attempt.kind][attempt.step]
         calls = [call for call in host.calls() if call.number == number]
         return bool(calls) and not host.is_running(calls[0].process)
+
+    def is_written(self, attempt: Attempt) -> bool:
+        """Whether the keyring has what the step begins with. A file that was looked at is not decrypted again."""
+        keyring, host = self.judge.keyring, attempt.host.name
+        status = keyring.path(host).stat()
+        file = (status.st_ino, status.st_mtime_ns)
+        if file == attempt.seen_file:
+            return False
+        attempt.seen_file = file
+        return keyring.stage(host, attempt.former_generation) == attempt.step.phase
 
     def begin_second_run(self, attempt: Attempt) -> Play:
         """Another run for the host, with a change that would lock out.
@@ -223,7 +276,7 @@ class Driver:
         host = attempt.host
         first = {call.process for call in host.calls()}
         play = Play(
-            self.fleet, "broken", [host.name], [host.name], {host.name: CONFIRMED_TRIAL_SECONDS}, attempt.collections
+            self.fleet, "broken", [host.name], [host.name], {host.name: (CONFIRMED_TRIAL_SECONDS,)}, attempt.collections
         )
 
         def has_loaded() -> bool:
@@ -249,12 +302,16 @@ class Driver:
             )
         host.disarm()
 
+    def look_at_once(self, attempt: Attempt) -> None:
+        """The keyring holds a secret that opens at any time, not only once the host has come to rest."""
+        attempt.locked_out = not self.judge.knocked(attempt.host, "ipv4")
+
     def look(self, attempt: Attempt, holes: Sequence[tuple[str, float]]) -> None:
         host = attempt.host
         reachable, is_open = self.judge.reachable(host)
-        attempt.locked_out = not reachable
+        attempt.locked_out = attempt.locked_out or not reachable
         attempt.longest_hole = max((length for name, length in holes if name == host.name), default=0.0)
-        wants_gate = host.is_gated or attempt.kind in ("change", "broken")
+        wants_gate = host.is_gated or attempt.kind in KEPT
         attempt.left_open = (is_open and wants_gate) or attempt.longest_hole > attempt.fault.bearable_hole
         attempt.others += self.judge.leftovers(host)
         if attempt.fault.spares_others and host.neighbour() != self.neighbours[host.name]:

@@ -56,6 +56,11 @@ class Step(NamedTuple):
         return f"{self.phase}: {self.call}{which}" if self.call else self.phase
 
 
+# What the controller writes into the keyring during a rotation, in this order; each is a step of its own, which begins when it
+# is there to be read.
+WRITINGS = ("new sequence written", "both noted", "former retired")
+
+
 class Call(NamedTuple):
     """One call of a program: its number, the process that made it, and what that is."""
 

@@ -8,13 +8,14 @@ import ipaddress
 import json
 import re
 import subprocess
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from ansible.parsing.vault import VaultLib, VaultSecret
-from hosts import TRIAL, Host
+from hosts import TRIAL, WRITINGS, Host
 from lab import FAMILIES, Fleet, differences
 
 SSH = 22
@@ -63,6 +64,26 @@ class Keyring:
         new.chmod(0o600)
         new.rename(self.path(host))
 
+    def is_rotating(self, host: str) -> bool:
+        """Whether an operator of the host has two sequences."""
+        return any("next" in operator for operator in self.read(host)["operators"].values())
+
+    def stage(self, host: str, former: int) -> str:
+        """Which of a rotation's writings the host's entry is the outcome of; empty before the first.
+
+        :param former: the entry's generation when the rotation began.
+        """
+        entry = self.read(host)
+        written, noted, retired = WRITINGS
+        between = [operator for operator in entry["operators"].values() if "next" in operator]
+        if between:
+            return noted if all("both_since" in operator for operator in between) else written
+        return retired if entry["generation"] > former else ""
+
+    def forget_rotations(self) -> None:
+        """Let the next run begin a rotation, whatever was under way."""
+        (self._folder / "rotations.json").unlink(missing_ok=True)
+
     def sequences(self, host: str) -> list[list[str]]:
         """Every sequence that could open: current and next of each operator."""
         return [
@@ -108,11 +129,11 @@ class Judge:
         steps: list[list[object]] = [["connect", self.source(family), addresses[family], SSH] for family in FAMILIES]
         return dict(zip(FAMILIES, self._fleet.outside(*steps), strict=True))
 
-    def knocked(self, host: Host, family: str) -> bool:
-        """Whether any sequence of the keyring gets a banner within a few tries."""
+    def knocked(self, host: Host, family: str, sequences: Sequence[list[str]] | None = None) -> bool:
+        """Whether any sequence, of the keyring unless given, gets a banner within a few tries."""
         address = self._fleet.hosts[host.name][family]
         for gap in GAPS:
-            for knocks in self.keyring.sequences(host.name):
+            for knocks in self.keyring.sequences(host.name) if sequences is None else sequences:
                 source = self.source(family)
                 seen = self._fleet.outside(["knock", source, address, knocks, gap], ["connect", source, address, SSH])
                 if seen[-1] == "open":
@@ -124,6 +145,24 @@ class Judge:
         plain = self.plain(host)
         answers = [plain[family] == "open" or self.knocked(host, family) for family in FAMILIES]
         return all(answers), "open" in plain.values()
+
+    def unrotated(self, host: Host, former: Sequence[list[str]]) -> list[str]:
+        """What of a rotation that has come to its end is not as it should be.
+
+        :param former: the sequences from before it.
+        """
+        sequences = self.keyring.sequences(host.name)
+        found = []
+        if len(sequences) != len(former):
+            found.append("a rotation is under way still")
+        if any(knocks in sequences for knocks in former):
+            found.append("a former sequence is kept")
+        for family in FAMILIES:
+            if self.knocked(host, family, former):
+                found.append(f"a former sequence opens over {family}")
+            if not self.knocked(host, family):
+                found.append(f"the new sequence does not open over {family}")
+        return found
 
     def leftovers(self, host: Host) -> list[str]:
         """What a trial or a gate that isn't there any more has left behind."""

@@ -37,10 +37,12 @@ class Play:
         kind: str,
         hosts: Sequence[str],
         broken: Sequence[str] = (),
-        trials: Mapping[str, int] | None = None,
+        trials: Mapping[str, tuple[int, ...]] | None = None,
         collections: Path | None = None,
     ) -> None:
-        playbook = "fleet.portknock.remove" if kind == "remove" else "fleet.portknock.site"
+        playbook = {"remove": "fleet.portknock.remove", "rotate": "fleet.portknock.rotate"}.get(
+            kind, "fleet.portknock.site"
+        )
         variables: dict[str, object] = {
             "knock_server_templates": f"{{{{ '{broken_templates(fleet)}' if inventory_hostname in {list(broken)!r}"
             " else role_path ~ '/templates' }}"
@@ -48,8 +50,13 @@ class Play:
         if kind in ("change", "broken"):
             # Larger than what it takes the place of, so that a disk that is full has no room for it.
             variables.update(knock_server_step_timeout=3, knock_server_tripwires=3000)
+        if kind == "rotate":
+            # One rotation, whichever of the hosts a play is limited to.
+            variables.update(portknock_serial="100%", knock_server_rotation_scope="the fault test")
         if trials:
-            variables["knock_server_confirm_timeout"] = f"{{{{ {dict(trials)!r}[inventory_hostname] }}}}"
+            # A rotation has retired, or not, when it comes to its second change.
+            turn = "-1 if _knock_server_finished is defined else 0"
+            variables["knock_server_confirm_timeout"] = f"{{{{ {dict(trials)!r}[inventory_hostname][{turn}] }}}}"
         mark = secrets.token_hex(8)
         self._mark = f"{_MARK}={mark}".encode()
         self.log = fleet.directory / f"play-{mark}.log"
@@ -87,6 +94,8 @@ class Play:
 
     def kill(self) -> None:
         """SIGKILL for the playbook, its workers and their ssh: all that carry the run's mark, whatever session they are in."""
+        # At once: whoever gives the workers their tasks.
+        self._process.kill()
         while marked := [process for process in _processes() if self._mark in _environment(process)]:
             for process in marked:
                 with contextlib.suppress(ProcessLookupError):

@@ -19,6 +19,7 @@ _PARTS = ("plugins", "roles", "playbooks", "meta", "galaxy.yml")
 _TRIAL = "plugins/module_utils/_trial.py"
 _HOST = "plugins/module_utils/_host.py"
 _BACKENDS = "plugins/module_utils/_backends.py"
+_ROTATION = "plugins/module_utils/_rotation.py"
 _SYSTEM = "plugins/module_utils/_system.py"
 _CONTROLLERS_KEYRING = "plugins/plugin_utils/_keyring.py"
 _TEMPLATES = "roles/knock_server/templates/nftables"
@@ -168,7 +169,7 @@ PROTECTIONS: tuple[Protection, ...] = (
         "the lock",
         "second run",
         "change",
-        Step("confirm", "systemctl restart"),
+        Step("confirm", "nft --version"),
         (
             Cut(_TRIAL, "                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"),
             Cut(
@@ -191,6 +192,41 @@ PROTECTIONS: tuple[Protection, ...] = (
         "change",
         Step("after confirm"),
         (Cut(f"{_TEMPLATES}/fleet-portknock-watch.service.j2", "Restart=always\n", "Restart=no\n"),),
+    ),
+    Protection(
+        "a rotation keeps both",
+        "controller killed",
+        "rotate",
+        Step("former retired"),
+        (
+            Cut(
+                _ROTATION,
+                "replace(operator, next=new.make(), both=True, both_since=None)",
+                "replace(operator, current=new.make())",
+            ),
+        ),
+    ),
+    Protection(
+        "nothing is retired before both open",
+        "controller killed",
+        "rotate",
+        Step("former retired"),
+        (
+            Cut(
+                "roles/knock_server/tasks/rotate.yml",
+                "    - name: Let them open beside the former ones\n      ansible.builtin.import_tasks: gate.yml\n",
+            ),
+            Cut(
+                _ROTATION,
+                """\
+        if operator.both_since is None:
+            done[name] = UNPROVED
+            continue
+        end = seconds_since_1970(operator.both_since) + grace
+""",
+                "        end = 0\n",
+            ),
+        ),
     ),
 )
 

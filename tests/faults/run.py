@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Tries to break the commit-confirmed gate: kills, cuts and spoils things at every step, and judges from outside.
 
-Usage: ``run.py short|full``. Each try is one fault at one step of a first apply, a change of settings or a removal, on one
-container. Prints a table; the exit status is 0 only if nobody was locked out, nothing was left open, nothing was left
-behind, and every host converged.
+Usage: ``run.py short|full``. Each try is one fault at one step of a first apply, a change of settings, a rotation or a
+removal, on one container. Prints a table; the exit status is 0 only if nobody was locked out, nothing was left open,
+nothing was left behind, and every host converged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from catalogue import FAULTS, Attempt, Fault
 from driver import PHASES, Driver
-from hosts import Host, Step
+from hosts import WRITINGS, Host, Step
 from lab import ROOT, Fleet
 from protections import PROTECTIONS, Protection, without
 
@@ -56,6 +56,7 @@ SHORT: dict[tuple[str, bool], dict[str, int]] = {
         "flushed by a stranger": 1,
         "daemon killed, then flushed": 1,
     },
+    ("rotate", True): {"controller killed": 8},
     ("remove", False): {
         "process on the host killed": 2,
         "network cut": 1,
@@ -67,8 +68,10 @@ SHORT: dict[tuple[str, bool], dict[str, int]] = {
 }
 # The phases, those first in which most is at stake.
 STAKES = (
+    *(*WRITINGS, "apply both", "confirm both", "apply alone", "confirm alone", "after apply alone"),
     *("apply", "take away", "confirm", "after apply", "after take away", "way back", "after confirm"),
     *("look", "rollback", "after look", "after rollback"),
+    *("after apply both", "after confirm both", "after confirm alone"),
 )
 
 
@@ -104,6 +107,11 @@ def some_tries(tries: Sequence[Try]) -> list[Try]:
         for offset, (name, count) in enumerate(counts.items()):
             fitting = [entry for entry in tries if entry.kind == kind and entry.fault.name == name]
             fitting.sort(key=lambda entry: STAKES.index(entry.step.phase))
+            if any(kind in entry.fault.everywhere for entry in fitting):
+                # Once in each phase, where most of it has been done.
+                fitting = list({entry.step.phase: entry for entry in fitting}.values())
+                chosen += fitting[:count]
+                continue
             # Not all faults at the same step.
             chosen += [fitting[(3 * offset + 5 * turn) % len(fitting)] for turn in range(min(count, len(fitting)))]
     return chosen
@@ -115,7 +123,7 @@ def many_tries(tries: Sequence[Try]) -> list[Try]:
     for kind in PHASES:
         for fault in FAULTS:
             fitting = [entry for entry in tries if entry.kind == kind and entry.fault is fault]
-            count = min(fault.most, len(fitting))
+            count = len(fitting) if kind in fault.everywhere else min(fault.most, len(fitting))
             chosen += [fitting[turn * (len(fitting) - 1) // max(1, count - 1)] for turn in range(count)]
     return chosen
 

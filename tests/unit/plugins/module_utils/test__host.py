@@ -102,6 +102,7 @@ class Systemd:
         self._units = units
         self.running: set[str] = set()
         self.reloads = True
+        self.asked: list[str] = []
 
     def __call__(self, argv: Sequence[str], stdin: Optional[str] = None) -> Completed:
         if argv[0] == "systemd-run":
@@ -111,6 +112,7 @@ class Systemd:
         if argv[0] != "systemctl":
             return run(argv, stdin)
         _quiet, verb, *units = argv[1:]
+        self.asked.append(verb)
         if verb == "is-active":
             return Completed(0 if units[0] in self.running else 3, "", "")
         if verb == "restart":
@@ -205,6 +207,49 @@ def test_confirmed_gate_leaves_nothing_to_do(host: GateHost) -> None:
     confirm(host, WANTED)
     assert whats(host, WANTED) == []
     assert host.trial.pending() is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "dies", "expected"),
+    [
+        pytest.param("gate", False, [], id="new secrets"),
+        pytest.param("gate", True, ["daemon-reload", "restart"], id="new secrets, and the watch has died"),
+        pytest.param("service", False, ["daemon-reload", "restart"], id="a new unit"),
+    ],
+)
+def test_services_are_left_alone_where_only_the_gate_is_new(
+    host: GateHost, systemd: Systemd, changed: str, dies: bool, expected: list[str]
+) -> None:
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    wanted = WANTED._replace(texts={**WANTED.texts, changed: "another\n"}, generation=2)
+    apply(host, wanted)
+    if dies:
+        systemd.running.clear()
+    systemd.asked.clear()
+    confirm(host, wanted)
+    assert [verb for verb in systemd.asked if verb in ("daemon-reload", "restart")] == expected
+    assert systemd.running == {SERVICE}
+    assert whats(host, wanted) == []
+
+
+def test_confirmation_asked_for_again_finishes_what_died_before_systemd_was_told(
+    host: GateHost, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    apply(host, NEWER)
+
+    def dies(*_arguments: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(host, "_systemctl", dies)
+        with pytest.raises(KeyboardInterrupt):
+            confirm(host, NEWER)
+    systemd.asked.clear()
+    confirm(host, NEWER)
+    assert {"daemon-reload", "restart"} <= set(systemd.asked)
 
 
 def test_files_with_secrets_are_roots_alone(host: GateHost, tmp_path: Path) -> None:

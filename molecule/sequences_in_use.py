@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -16,6 +17,15 @@ ROTATE = "fleet.portknock.rotate"
 SITE = "fleet.portknock.site"
 # A connection that outlives its play would be waited on for ever where its host has gone.
 NO_MASTER = "-o ControlMaster=no -o ControlPath=none"
+
+
+def put_up_gates(fleet: Fleet) -> None:
+    """Bob may not knock everywhere: a plain variable of the inventory says so."""
+    path = fleet.directory / "host_vars" / "web2.yml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"knock_server_operators": ["alice"]}))
+    run = fleet.play(SITE)
+    assert run.status == 0, run.output
 
 
 def rotate(fleet: Fleet, *arguments: str, **variables: object) -> Run:

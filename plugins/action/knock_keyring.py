@@ -121,7 +121,10 @@ class ActionModule(ActionBase):
             operator, operators = self._operator(arguments), check_operators(arguments["operators"])
             now = utc_now()
             if before is not None:
-                after = keyring.update(host, lambda kept: revoke(kept or before, operator, operators, now), dry_run)[0]
+                trusted = bool(arguments["trusted_sources"])
+                after = keyring.update(
+                    host, lambda kept: revoke(kept or before, operator, operators, now, trusted), dry_run
+                )[0]
             extra = {"known": before is not None and operator in before.operators}
         elif state == "removed":
             after = keyring.mark_removed(host, check_packages(arguments["packages"]), dry_run)

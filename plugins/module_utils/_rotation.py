@@ -24,6 +24,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostState,
     NewSequences,
     Operator,
+    check_not_all_expire,
     check_not_all_revoked,
     seconds_since_1970,
 )
@@ -168,11 +169,14 @@ def finish(entry: HostSecrets, scope: Sequence[str], *, grace: int, now: str) ->
     return Step(replace(entry, generation=entry.generation + 1, operators=operators), done, until)
 
 
-def revoke(entry: HostSecrets, operator: str, operators: Sequence[str], now: str) -> HostSecrets:
+def revoke(
+    entry: HostSecrets, operator: str, operators: Sequence[str], now: str, may_all_expire: bool = False
+) -> HostSecrets:
     """Return the entry without an operator, for good.
 
     :param operators: all who may knock at the host, whether or not the operator is among them still.
-    :raises PortknockError: nobody would be left.
+    :param may_all_expire: somebody gets in without a knock.
+    :raises PortknockError: nobody would be left, or would be in the end.
     """
     kept = entry.operators.get(operator)
     if kept is None or kept.revoked is not None:
@@ -181,6 +185,8 @@ def revoke(entry: HostSecrets, operator: str, operators: Sequence[str], now: str
     after = replace(entry, generation=entry.generation + 1, operators={**entry.operators, operator: gone})
     if not entry.removed:
         check_not_all_revoked(operators, after)
+        if not may_all_expire:
+            check_not_all_expire([name for name in operators if name in after.operators], after)
     return after
 
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,21 +12,15 @@ from pathlib import Path
 
 import pytest
 from lab import SSH, Fleet, wait_until
-from sequences_in_use import ROTATE, SITE, changed, down, judge, leaks, rotate, sequences
+from sequences_in_use import ROTATE, SITE, changed, down, judge, leaks, put_up_gates, rotate, sequences
 
-OPERATORS = {"web-1": ["alice", "bob"], "web2": ["alice"], "db": ["alice", "bob"]}
 TRIAL = "/run/fleet-portknock/trial"
 LATER = {"knock_server_grace": "7d"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def gates(fleet: Fleet) -> None:
-    """Bob may not knock everywhere: a plain variable of the inventory says so."""
-    path = fleet.directory / "host_vars" / "web2.yml"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"knock_server_operators": OPERATORS["web2"]}))
-    run = fleet.play(SITE)
-    assert run.status == 0, run.output
+    put_up_gates(fleet)
 
 
 def test_a_check_says_what_would_happen(fleet: Fleet) -> None:

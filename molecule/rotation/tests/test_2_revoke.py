@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from lab import SSH, Fleet, Run
-from sequences_in_use import NO_MASTER, ROTATE, SITE, changed, down, judge, leaks, rotate, sequences
+from sequences_in_use import NO_MASTER, ROTATE, SITE, changed, down, judge, leaks, put_up_gates, rotate, sequences
 
 REVOKE = "fleet.portknock.revoke"
 # Says hello, and then waits for whichever comes first: its standard input ends, or the connection does.
@@ -34,8 +34,7 @@ with socket.create_connection((sys.argv[2], 22), 5, (sys.argv[1], 0)) as sock:
 
 @pytest.fixture(scope="module", autouse=True)
 def gates(fleet: Fleet) -> None:
-    run = fleet.play(SITE)
-    assert run.status == 0, run.output
+    put_up_gates(fleet)
 
 
 def revoke(fleet: Fleet, operator: str, *arguments: str, **variables: object) -> Run:

@@ -187,6 +187,19 @@ def test_the_last_operator_is_not_revoked() -> None:
     assert revoke(made("bob").marked_removed(), "bob", ["bob"], NOW).operators["bob"].revoked == NOW
 
 
+def test_those_who_expire_are_not_all_that_is_left() -> None:
+    entry = made()
+    entry = replace(
+        entry,
+        operators={**entry.operators, "alice": replace(entry.operators["alice"], valid_until="2027-01-01T00:00:00Z")},
+    )
+    with pytest.raises(PortknockError) as caught:
+        revoke(entry, "bob", BOTH, NOW)
+    assert str(caught.value).startswith("knock_server_valid_until: expected an operator of web1 without an expiry")
+    assert revoke(entry, "bob", BOTH, NOW, may_all_expire=True).operators["bob"].revoked == NOW
+    assert revoke(entry, "alice", BOTH, NOW).operators["alice"].revoked == NOW
+
+
 def test_what_the_host_honours_is_known_wherever_a_rotation_stops() -> None:
     """The entry and the host, after each of the four moments at which either changes."""
     entry = made("alice")

@@ -78,8 +78,8 @@ def test_a_look_uses_up_what_it_saw(gate: Gate) -> None:
         assert (result.state, probe(HOST, 1).state) == ("open", "reset")
 
 
-def ping(lab: Lab, *arguments: str, **environment: str) -> Outcome:
-    return lab.adhoc("-m", "ping", "-vvv", *arguments, ANSIBLE_SSH_ARGS=NO_PERSIST, **environment)
+def ping(lab: Lab, *arguments: str) -> Outcome:
+    return lab.adhoc("-m", "ping", "-vvv", *arguments, ANSIBLE_SSH_ARGS=NO_PERSIST)
 
 
 @pytest.mark.parametrize("response", ["mimic", "drop"])

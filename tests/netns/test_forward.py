@@ -89,6 +89,17 @@ def test_a_published_port_is_gated_by_name(docker: Lab, source: str, container: 
         assert not any(TCP in answer and "S" in str(answer[TCP].flags) for answer in answers)
 
 
+@pytest.mark.parametrize(("source", "container"), FAMILIES)
+def test_a_published_port_opens_for_one_connection(docker: Lab, source: str, container: str) -> None:
+    docker.gate(protected_ports=["22/tcp", f"{PUBLISHED}/tcp"], single_use=True)
+    for _ in range(2):
+        docker.knock(source)
+        state, session = docker.connect(source, PUBLISHED)
+        assert (state, docker.look(source, PUBLISHED), docker.look(source)) == ("open", "reset", "reset")
+        session.send(b"hello")
+        assert session.recv(100) == b"hello"
+
+
 def test_a_session_to_a_published_port_older_than_the_gate(docker: Lab) -> None:
     for source in (CLIENT4, CLIENT6):
         _, session = docker.connect(source, PUBLISHED)

@@ -288,6 +288,11 @@ class Fleet:
         knocks: list[str] = self.secrets(host)["operators"][operator]["current"]["knocks"]
         return knocks
 
+    def one_time(self, host: str, operator: str) -> dict[int, list[str]]:
+        """An operator's one-time sequences, by id."""
+        stock = self.secrets(host)["operators"][operator].get("one_time", {"sequences": {}})
+        return {identity: knocks.split() for identity, knocks in stock["sequences"].items()}
+
     def leaks(self, text: str, *hosts: str) -> list[str]:
         """Which hosts' secrets a text gives away; of all hosts, or of some.
 
@@ -298,11 +303,11 @@ class Fleet:
         found = []
         for host in hosts or self.hosts:
             secrets = self.secrets(host)
-            for operator in secrets["operators"].values():
-                knocks = operator["current"]["knocks"]
-                in_full = any(knock in text for knock in knocks)
-                if in_full or len(numbers & {knock.split("/")[0] for knock in knocks}) > 1:
-                    found.append(host)
+            for name, operator in secrets["operators"].items():
+                for knocks in (operator["current"]["knocks"], *self.one_time(host, name).values()):
+                    in_full = any(knock in text for knock in knocks)
+                    if in_full or len(numbers & {knock.split("/")[0] for knock in knocks}) > 1:
+                        found.append(host)
             if secrets["tripwires"]["seed"] in text:
                 found.append(host)
         return found

@@ -21,6 +21,7 @@ from typing import Any
 
 TCP_SYN = 2
 TCP_SYN_ACK = 18
+SEGMENT_SIZE_OPTION = 0x020405B4
 OFFSET_OF_TCP_FLAGS = 13
 OFFSET_OF_TCP_CHECKSUM = 16
 IPV6_CHECKSUM = 7  # not in the socket module of every Python
@@ -56,7 +57,9 @@ def syn_packet(source: str, target: str, source_port: int, port: int) -> bytes:
     sequence = random.getrandbits(32)
 
     def header(checksum: int) -> bytes:
-        return struct.pack("!HHIIBBHHH", source_port, port, sequence, 0, 5 << 4, TCP_SYN, 64240, checksum, 0)
+        # With the one option that every client's SYN has.
+        fields = (source_port, port, sequence, 0, 6 << 4, TCP_SYN, 64240, checksum, 0, SEGMENT_SIZE_OPTION)
+        return struct.pack("!HHIIBBHHHI", *fields)
 
     packet = header(0)
     if ":" in target:

@@ -8,17 +8,16 @@ from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
-from ansible_collections.fleet.portknock.plugins.connection.knock_ssh import Connection
+from ansible_collections.fleet.portknock.plugins.connection.knock_ssh import Connection, HostSequences
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     FAMILIES,
     Address,
     KnockResult,
-    knock_with_any,
     probe,
     resolve,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, parse_knocks
 from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import knock_ssh_of
 
 _BANNER_SECONDS = 1.0
@@ -53,7 +52,7 @@ class ActionModule(ActionBase):
             raise PortknockError(f"timeout: expected more than 0 seconds; got {arguments['timeout']:g}.")
         if arguments["port"] is not None and not 1 <= arguments["port"] <= HIGHEST_PORT:
             raise PortknockError(f"port: expected a port from 1 to {HIGHEST_PORT}; got {arguments['port']}.")
-        sequences, single_use = self._sequences(arguments, ssh) if arguments["knock"] else ([], False)
+        known = self._sequences(arguments, ssh) if arguments["knock"] else None
         destination = ssh.destination()
         if destination.proxied and arguments["host"] is None:
             raise PortknockError(
@@ -63,16 +62,8 @@ class ActionModule(ActionBase):
             )
         port = arguments["port"] or destination.port
         addresses = resolve(arguments["host"] or destination.host, port, arguments["family"] or destination.family)
-        if sequences:
-            seen = knock_with_any(
-                addresses,
-                sequences,
-                port,
-                arguments["timeout"],
-                source=destination.source,
-                banner=_BANNER_SECONDS,
-                single_use=single_use,
-            )
+        if known is not None:
+            seen, _note = known.knock(addresses, port, arguments["timeout"], destination.source, _BANNER_SECONDS)
         else:
             seen = self._look(addresses, arguments["timeout"], destination.source)
         shown: dict[str, Any] = {
@@ -94,13 +85,12 @@ class ActionModule(ActionBase):
         return shown
 
     @staticmethod
-    def _sequences(arguments: dict[str, Any], ssh: Connection) -> tuple[list[tuple[Knock, ...]], bool]:
-        """The sequences, and whether a window is good for one connection only."""
+    def _sequences(arguments: dict[str, Any], ssh: Connection) -> HostSequences:
         if arguments["knocks"] is not None:
             sequence = parse_knocks(arguments["knocks"], "knocks", secret=True)
             if not sequence:
                 raise PortknockError("knocks: expected at least one knock; got an empty list.")
-            return [sequence], ssh.is_single_use
+            return HostSequences("", [sequence], (), ssh.is_single_use)
         known = ssh.host_sequences(arguments["operator"])
         if known is None:
             raise PortknockError(
@@ -108,7 +98,7 @@ class ActionModule(ActionBase):
                 "got nothing. Run the role knock_server on the host, name the keyring's folder by knock_keyring_dir, or set "
                 "knock_sequences."
             )
-        return known.sequences, known.single_use
+        return known
 
     @staticmethod
     def _look(addresses: list[Address], timeout: float, source: str | None) -> KnockResult:

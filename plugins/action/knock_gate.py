@@ -13,6 +13,7 @@ from ansible import constants
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.utils.display import Display
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import (
     GateSettings,
@@ -43,6 +44,8 @@ _CONNECTION = "fleet.portknock.knock_ssh"
 _SHUT = ("windows_closed", "sessions_ended", "sessions_left")
 _OUTSIDE, _HOST = "outside", "host"
 _SSH_PORT = 22
+# One for each family of addresses, and some for what another client or a boot has used up.
+_PROOF_TICKETS = 16
 
 
 class ActionModule(ConfirmedAction):
@@ -69,7 +72,7 @@ class ActionModule(ConfirmedAction):
         return result
 
     def _check(self) -> dict[str, Any]:
-        settings_from(self._required("settings"))
+        self._check_one_time(settings_from(self._required("settings")))
         check_operators(self._required("operators"))
         self._seconds()
         found = self._required("found")
@@ -84,6 +87,7 @@ class ActionModule(ConfirmedAction):
         templates, found = Path(self._required("templates")), self._required("found")
         self._check_init(found)
         self._check_backend(found["backend"])
+        self._check_one_time(settings)
         keyring = open_keyring(keyring_options(self._vars, self._templar))
         host = self._vars["inventory_hostname"]
         entry = keyring.load(host)
@@ -95,8 +99,17 @@ class ActionModule(ConfirmedAction):
             )
         if not self._task.check_mode:
             check_same_secrets(read_host_state(found["gate"]), entry)
-        knocks = entry.to_prove(operators)
-        warning = loose_warning(settings, len(knocks))
+        prover = entry.prover(operators)
+        stocks = [(prover, entry.operators[prover].once)] if entry.operators[prover].opens_once else []
+        usage = keyring.usage(entry)
+        tickets = usage.tickets(stocks)[:_PROOF_TICKETS]
+        sequences = [ticket.knocks for ticket in tickets] if stocks else [entry.to_prove(operators)]
+        if not sequences:
+            raise PortknockError(
+                f"knock_server_one_time: expected a one-time sequence of operator {prover} that has not been used, to prove "
+                "the gate with; got none."
+            )
+        warning = loose_warning(settings, len(sequences[0]))
         if warning:
             display.warning(warning)
         payload: dict[str, Any] = {
@@ -116,12 +129,16 @@ class ActionModule(ConfirmedAction):
             "protected": payload["protected"],
             "closed_response": settings.closed_response,
             "trusted": payload["trusted"],
-            "knocks": [str(knock) for knock in knocks],
+            "knocks": [] if stocks else [str(knock) for knock in sequences[0]],
+            "once": [[str(knock) for knock in knocks] for knocks in sequences] if stocks else [],
         }
         outcome = self._change(payload, destination, found["ipv6_addresses"], gate)
         if outcome.get("failed"):
             return outcome
         proof = outcome.get("proof")
+        sent = proof.pop("sent_once", 0) if proof else 0
+        if sent:
+            usage.opened(tickets[sent - 1])
         if proof or not outcome["reasons"]:
             # Unchanged, too: an earlier run may have died before it noted that the host has what the entry wants.
             self._promote(keyring, host, entry, settings.single_use)
@@ -384,6 +401,15 @@ class ActionModule(ConfirmedAction):
             missing = ", ".join(backend["missing_programs"])
             raise PortknockError(f"knock_server_backend: {backend['name']} needs {missing}; it is not installed.")
 
+    def _check_one_time(self, settings: GateSettings) -> None:
+        """Stop where the back end can't use a sequence up."""
+        able = sorted(name for name, enforcer in BACK_ENDS.items() if enforcer.one_time)
+        if settings.one_time and self._backend() not in able:
+            raise PortknockError(
+                f"knock_server_one_time: expected a back end that can use a sequence up ({', '.join(able)}); got "
+                f"{self._backend()}."
+            )
+
     def _check_way_in(
         self,
         settings: GateSettings,
@@ -410,6 +436,11 @@ class ActionModule(ConfirmedAction):
             raise PortknockError(
                 f"The gate would close port {destination.port}/tcp to this very connection, which does not knock: set "
                 f"`ansible_connection: {_CONNECTION}` for this host in the inventory, or `connection:` in the play."
+            )
+        if settings.one_time and given is not None and is_ssh(self._connection):
+            raise PortknockError(
+                "knock_sequences: expected to be unset where knock_server_one_time is set: the keyring says which sequence is "
+                "next."
             )
         opens = {tuple(knocks) for operator in honoured.values() for knocks in operator.sequences}
         # A check has made up the sequences that are missing.

@@ -40,6 +40,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._rotation import (
     scope_of,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import DEFAULT_LENGTH
+from ansible_collections.fleet.portknock.plugins.module_utils._stock import check_one_time
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import Keyring, keyring_options, open_keyring
 
 _STATES = ["present", "promoted", "rotated", "retired", "rotation_ended", "revoked", "removed", "absent"]
@@ -64,6 +65,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     # Raw, since the check of a dict takes texts apart.
     "valid_until": {"type": "raw"},
     "trusted_sources": {"type": "list", "elements": "str", "default": []},
+    "one_time": {"type": "raw", "default": 0},
 }
 
 
@@ -232,6 +234,8 @@ class ActionModule(ActionBase):
                 single_use=arguments["single_use"],
                 readmit=arguments["readmit"],
                 valid_until=valid_until,
+                one_time=check_one_time(arguments["one_time"]),
+                is_bare=arguments["host_state"].get("present") is False,
             )
             if not arguments["trusted_sources"]:
                 check_not_all_expire(operators, plan.secrets)

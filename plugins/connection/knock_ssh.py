@@ -28,6 +28,8 @@ notes:
     connections that never log in against their source (C(PerSourcePenalties)).
   - At a single-use gate each of these is knocked for. Where another fork of the run, or somebody who shares its address, uses
     up what a knock has opened, the refused connection is knocked for again, a few times.
+  - Of sequences that open once, each is sent once, the next one at each connection. Which is next is noted beside the keyring's
+    file of the host; where that is not known, the first ones are tried in their order until one opens.
   - ssh's C(BindAddress) is used for the knock too; C(BindInterface) is not.
 options:
   inventory_hostname:
@@ -110,11 +112,13 @@ from ansible.utils.display import Display
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     Address,
+    KnockResult,
     knock_with_any,
     resolve,
     send,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock, parse_sequences
+from ansible_collections.fleet.portknock.plugins.module_utils._usage import Stocks, Ticket, Usage
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination, locate, ssh_arguments
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import open_keyring
 
@@ -131,17 +135,78 @@ _FRESH = (b"-o", b"ControlMaster=no", b"-o", b"ControlPath=none")
 _Ran = tuple[int, bytes, bytes]
 
 
+class _Note(NamedTuple):
+    """What opened the port: the address, the place of the sequence, its operator where it opens once, and the seconds between
+    two knocks."""
+
+    address: str
+    sequence: int
+    operator: str | None
+    gap: float
+
+
 class HostSequences(NamedTuple):
     """What may open a host, likeliest first.
 
     ``identity`` tells these from the sequences of another time, as far as that can be said without what is in them.
-    With ``single_use`` what they open is good for one connection.
+    With ``single_use`` what they open is good for one connection. ``once`` are those that open once themselves, in groups with
+    their operators' names, and ``usage`` says which of these to send next.
     """
 
     host: str
     sequences: list[tuple[Knock, ...]]
     identity: tuple[object, ...]
     single_use: bool
+    once: Stocks = ()
+    usage: Usage = Usage(None, "")
+
+    @property
+    def has_any(self) -> bool:
+        """Whether there is anything to knock with."""
+        return bool(self.sequences or self.once)
+
+    def knock(
+        self, addresses: Sequence[Address], port: int, timeout: float, source: str | None, banner: float = 0.0
+    ) -> tuple[KnockResult, _Note | None]:
+        """Knock until the port opens.
+
+        :return: how it went, and what opened; None where nothing did.
+        """
+        tickets = self.usage.tickets(self.once) if self.once else []
+        result = knock_with_any(
+            addresses,
+            self.sequences,
+            port,
+            timeout,
+            source=source,
+            banner=banner,
+            single_use=self.single_use,
+            once=[ticket.knocks for ticket in tickets],
+        )
+        self.usage.note(tickets, result, len(self.sequences))
+        if result.address is None or result.state != "open":
+            return result, None
+        place = result.sequence - len(self.sequences)
+        operator = tickets[place].operator if place >= 0 else None
+        return result, _Note(result.address.host, result.sequence, operator, result.gap)
+
+    def send_again(self, addresses: Sequence[Address], note: _Note, source: str | None) -> Ticket | bool:
+        """Send, without looking, what has opened the port, or the next of its kind where it opens once.
+
+        :return: what was sent, if it is to be noted that it has opened; else whether anything was.
+        :raises OSError: there is no way to the address.
+        """
+        address = next((entry for entry in addresses if entry.host == note.address), None)
+        if address is None:
+            return False
+        if note.operator is None:
+            send(address, self.sequences[note.sequence], note.gap, source)
+            return True
+        ticket = self.usage.take(self.once, note.operator)
+        if ticket is None:
+            return False
+        send(address, ticket.knocks, note.gap, source)
+        return ticket
 
 
 class _Gate(NamedTuple):
@@ -149,9 +214,8 @@ class _Gate(NamedTuple):
 
     destination: Destination
     addresses: list[Address]
-    sequences: list[tuple[Knock, ...]]
+    known: HostSequences
     memory: str
-    single_use: bool
 
 
 class Connection(CoreConnection):
@@ -237,12 +301,14 @@ class Connection(CoreConnection):
         secrets = keyring.load(name) if name else None
         if secrets is None:
             return None
-        candidates = secrets.candidates(operator or self.get_option("knock_operator"))
+        name = operator or self.get_option("knock_operator")
         return HostSequences(
             secrets.host,
-            [knocks for _operator, knocks in candidates],
+            [knocks for _operator, knocks in secrets.candidates(name)],
             (secrets.keyring_id, secrets.generation),
             secrets.single_use or self.is_single_use,
+            secrets.one_time(name),
+            keyring.usage(secrets),
         )
 
     def _locate(self, *more: str) -> Destination:
@@ -278,9 +344,11 @@ class Connection(CoreConnection):
         run = partial(super()._bare_run, cmd, in_data, sudoable=sudoable, checkrc=checkrc)
         # A password goes through a pipe that is made with the command and serves one run only.
         has_one_run = cmd[0] == b"sshpass"
-        if not self.fresh and not has_one_run and self._knock_as_before(gate):
+        sent = False if self.fresh or has_one_run else self._knock_as_before(gate)
+        if sent:
             result = self._unless_refused(gate, run)
             if result is not None:
+                self._note_opened(gate, sent)
                 return result
             self._remember(gate, None)
         opened = self._knock(gate)
@@ -289,14 +357,22 @@ class Connection(CoreConnection):
             left = max(1, math.ceil(self.get_option("timeout") - (time.monotonic() - begun)))
             cmd = self._with_first_options(cmd, b"-o", b"ConnectTimeout=%d" % left)
             return super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
-        for _again in range(0 if has_one_run else _AGAIN[gate.single_use]):
+        sent = False
+        for _again in range(0 if has_one_run else _AGAIN[gate.known.single_use]):
             result = self._unless_refused(gate, run)
             if result is not None:
+                self._note_opened(gate, sent)
                 return result
             display.vvv("Refused after the port was open: what the knock opened was used up; knocking again", self.host)
             with contextlib.suppress(OSError):
-                send(*opened, gate.destination.source)
+                sent = gate.known.send_again(gate.addresses, opened, gate.destination.source)
         return run()
+
+    @staticmethod
+    def _note_opened(gate: _Gate, sent: Ticket | bool) -> None:
+        """Note that the port was open after this was sent."""
+        if isinstance(sent, Ticket):
+            gate.known.usage.opened(sent)
 
     @staticmethod
     def _unless_refused(gate: _Gate, run: Callable[[], _Ran]) -> _Ran | None:
@@ -340,7 +416,7 @@ class Connection(CoreConnection):
             known = self.host_sequences()
         except PortknockError as exc:
             raise AnsibleError(str(exc)) from None
-        if known is None or not known.sequences:
+        if known is None or not known.has_any:
             return None
         try:
             destination = self.destination()
@@ -357,26 +433,18 @@ class Connection(CoreConnection):
         identity = json.dumps([*known.identity, known.host, destination.host, destination.port])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:20]
         memory = os.path.join(constants.DEFAULT_LOCAL_TMP, f"portknock-{digest}")
-        return _Gate(destination, addresses, known.sequences, memory, known.single_use)
+        return _Gate(destination, addresses, known, memory)
 
-    def _knock(self, gate: _Gate) -> tuple[Address, tuple[Knock, ...], float] | None:
+    def _knock(self, gate: _Gate) -> _Note | None:
         """Knock and look until the port opens.
 
-        :returns: what opened it: the address, the sequence and the seconds between two knocks; None where nothing did.
+        :returns: what opened it; None where nothing did.
         """
         budget = min(self.get_option("knock_timeout"), self.get_option("timeout") / 2)
-        result = knock_with_any(
-            gate.addresses,
-            gate.sequences,
-            gate.destination.port,
-            budget,
-            source=gate.destination.source,
-            single_use=gate.single_use,
-        )
-        opened = result.address if result.state == "open" else None
-        if opened is not None:
+        result, note = gate.known.knock(gate.addresses, gate.destination.port, budget, gate.destination.source)
+        if note is not None:
             if not os.path.exists(gate.memory):
-                self._remember(gate, {"address": opened.host, "sequence": result.sequence, "gap": result.gap})
+                self._remember(gate, note._asdict())
             display.vvv(f"Knocked: open after {result.elapsed:.3f} s, {result.attempts} sent", host=self.host)
         else:
             display.v(
@@ -384,17 +452,14 @@ class Connection(CoreConnection):
                 f"{result.attempts} tries. Connecting all the same.",
                 host=self.host,
             )
-        return None if opened is None else (opened, gate.sequences[result.sequence], result.gap)
+        return note
 
-    def _knock_as_before(self, gate: _Gate) -> bool:
-        """Repeat, without looking, what opened the port earlier in this run; False where nothing is known to."""
+    def _knock_as_before(self, gate: _Gate) -> Ticket | bool:
+        """Send again, without looking, what opened the port earlier in this run; False where nothing is known to."""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             with open(gate.memory, encoding="ascii") as file:
                 known = json.load(file)
-            address = next((entry for entry in gate.addresses if entry.host == known["address"]), None)
-            if address is not None:
-                send(address, gate.sequences[known["sequence"]], known["gap"], gate.destination.source)
-                return True
+            return gate.known.send_again(gate.addresses, _Note(**known), gate.destination.source)
         return False
 
     @staticmethod
@@ -407,4 +472,4 @@ class Connection(CoreConnection):
             json.dump(known, file)
 
 
-__all__ = ("Connection",)
+__all__ = ("Connection", "HostSequences")

@@ -8,7 +8,10 @@ compared with what the kernel has, and taken away again; keeping them, trying th
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import sys
 from typing import Any, Mapping, NamedTuple, Optional
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
@@ -18,6 +21,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
     Source,
     close_window,
     forget_openings,
+    has_one_time,
     is_dormant,
     kept_elements,
     listing_digests,
@@ -25,6 +29,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
     read_listing,
     replace_transaction,
     windows,
+    without_armed,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import Peer
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Completed, Runner
@@ -58,6 +63,10 @@ _NEEDED = {
 }
 # What it does better with; the templates have another way.
 _WANTED = {
+    "one_time": (
+        "set s { type classid; flags dynamic; size 8; }\n"
+        "chain c { type filter hook prerouting priority -150; add @s { meta priority quota until 87 bytes }; }"
+    ),
     "socket_wildcard": "chain c { type filter hook prerouting priority -150; socket wildcard 0 accept; }",
     "clock": "chain c { type filter hook prerouting priority -150; meta time >= 1767225600 meta time < 4102444800 accept; }",
 }
@@ -66,6 +75,9 @@ _KERNEL_REASON = re.compile(r"Could not process rule: ([A-Za-z ,'-]+)")
 _ELEMENT_COUNT = re.compile(r"\bcounter packets [0-9]+ bytes [0-9]+ (?=timeout |expires )")
 _NO_TABLE = "No such file or directory"
 _NOT_INSTALLED = 127
+# As the gate's template names them.
+_ONE_TIME_OPERATOR = re.compile(r"^  # Operator ([0-9a-f]+) with one-time sequences: (\S+)$", re.MULTILINE)
+_PYTHON = (sys.executable, "-I", "-S")
 _LINE = re.compile(r"^[^\n:]*:([0-9]+):[0-9]+", re.MULTILINE)
 
 
@@ -85,11 +97,14 @@ class Nftables:
 
     name = "nftables"
     program = "nft"
+    # Whether it can use a sequence up.
+    one_time = True
     # In the order in which they are written. The gate comes last: it alone is what a reboot brings back.
     files: Mapping[str, HostFile] = {
         "closed": HostFile("closed.nft.j2", f"{CONFIG_FOLDER}/closed.nft", 0o600),
         "load": HostFile("load.sh", f"{CONFIG_FOLDER}/load.sh", 0o700),
         "watch": HostFile("watch.py", f"{CONFIG_FOLDER}/watch.py", 0o700),
+        "stock": HostFile("stock.py", f"{CONFIG_FOLDER}/stock.py", 0o700),
         "unit": HostFile("fleet-portknock.service.j2", f"{UNIT_FOLDER}/fleet-portknock.service", 0o644),
         "watch_unit": HostFile(
             "fleet-portknock-watch.service.j2", f"{UNIT_FOLDER}/fleet-portknock-watch.service", 0o644
@@ -164,8 +179,10 @@ class Nftables:
         """The kernel's table as rules that can be loaded again; None where there is none or it can't be listed."""
         done = self._run([self.program, "list", "table", "inet", TABLE], None)
         start = done.stdout.find(f"table inet {TABLE} ")
+        if done.code != 0 or start < 0:
+            return None
         # Over elements with counts nft 0.9.8 crashes.
-        return _ELEMENT_COUNT.sub("", done.stdout[start:]) if done.code == 0 and start >= 0 else None
+        return without_armed(_ELEMENT_COUNT.sub("", done.stdout[start:]))
 
     def accepts(self, text: str) -> bool:
         """Whether nft and the kernel would load what is kept on disk (see :meth:`boot_text`)."""
@@ -190,6 +207,36 @@ class Nftables:
                 done = self._run([self.program, "-f", "-"], self.boot_text(text) + kept_elements(text, listing))
         if done.code != 0:
             raise PortknockError(f"The gate can't be loaded: nft refuses it ({_cause(done)}).")
+
+    def arm(self, texts: Mapping[str, str]) -> None:
+        """Let one-time sequences open, where the gate that has been loaded has any.
+
+        :raises PortknockError: they can't.
+        """
+        if not has_one_time(texts["gate"]):
+            return
+        done = self._run([*_PYTHON, "-", "arm"], texts["stock"])
+        if done.code != 0:
+            # Its own words hold no secret.
+            raise PortknockError(f"The one-time sequences can't be armed: {done.stderr.strip()[3:] or done.code}")
+
+    def arm_command(self, root: str = "") -> str:
+        """Shell command that does so after the former gate was loaded again; it succeeds whether or not they can be."""
+        program = shlex.quote(root + self.files["stock"].path)
+        return f"{{ [ ! -e {program} ] || {' '.join(map(shlex.quote, _PYTHON))} {program} arm || :; }}"
+
+    def stock(self, root: str = "") -> dict[str, Any]:
+        """How many one-time sequences are left, as ``stock.py`` reports it; empty where there are none."""
+        done = self._run([*_PYTHON, root + self.files["stock"].path, "report"], None)
+        try:
+            report = json.loads(done.stdout) if done.code == 0 else {}
+        except ValueError:
+            report = {}
+        return report if isinstance(report, dict) else {}
+
+    def one_time_operators(self, text: str) -> dict[str, str]:
+        """The operators with one-time sequences in a gate's text: names by numbers."""
+        return {str(int(number, 16)): name for number, name in _ONE_TIME_OPERATOR.findall(text)}
 
     def unload(self) -> None:
         """Take the table away.

@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from types import MappingProxyType
 from typing import AbstractSet, NamedTuple, Optional, Union
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock, parse_knocks
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import derive_tripwires
+from ansible_collections.fleet.portknock.plugins.module_utils._stock import check_one_time
 
 GUARDS = ("tripwires", "strict", "loose")
 CLOSED_RESPONSES = ("mimic", "drop", "reset")
@@ -40,8 +43,8 @@ _ALL_PORTS = 65535
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 # Progress and what a packet does to it, as the rules' scratch register holds it (a traffic class, major:minor in hex).
-# Majors 1 are states on the way, majors 2 the last knock of an operator with that number; these are the rest. The template's
-# vmap names the same values.
+# Majors 1 are states on the way, majors 2 the last knock of an operator with that number, majors 7 the last knock of the
+# one-time sequence with that id; these are the rest. The template's vmap names the same values.
 _NOTHING = "0:0"
 _AGAIN = "3:0"
 _HIGHEST_STATE = 0xFFFF
@@ -63,12 +66,19 @@ class Honoured(NamedTuple):
 
     ``number`` tells operators apart in the kernel and stays the operator's own on that host; ``sequences`` are newest first.
     ``valid_until`` is in seconds since 1970, UTC; a host whose clock is before ``valid_from`` lets nobody in who expires.
+    ``one_time`` are sequences that open once each, by ids that are never used again on that host.
     """
 
     number: int
     sequences: Sequence[Sequence[Knock]]
     valid_until: Optional[int] = None
     valid_from: int = EARLIEST_TIME
+    one_time: Mapping[int, Sequence[Knock]] = MappingProxyType({})
+
+    @property
+    def every_sequence(self) -> Iterator[Sequence[Knock]]:
+        """All that opens, for good or once."""
+        return chain(self.sequences, self.one_time.values())
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,7 @@ class GateSettings:
     max_windows: int = 65536
     single_use: bool = False
     audit_days: int = 30
+    one_time: int = 0
 
     @property
     def protected(self) -> frozenset[int]:
@@ -122,6 +133,7 @@ def settings_from(options: Mapping[str, object]) -> GateSettings:
         max_windows=_number(options, "max_windows", 1, LARGEST_SET),
         single_use=_flag(options, "single_use"),
         audit_days=_number(options, "audit_days", 0, LONGEST_AUDIT_DAYS, " of days"),
+        one_time=check_one_time(options.get("one_time", 0)),
     )
 
 
@@ -137,9 +149,9 @@ def build_model(
     :param operators: what opens, by operator.
     :param avoid: ports that are in use on the host: neither a tripwire nor a stand-in is made of them.
     :param probe: what the host can do: ``socket_wildcard`` (nft and kernel can tell a listening socket from another),
-        ``clock`` (its rules can ask for the time).
+        ``clock`` (its rules can ask for the time), ``one_time`` (they can use a sequence up).
     :raises PortknockError: sequences that can't be told apart, or that hold a protected port; an operator who expires on a host
-        whose rules can't.
+        whose rules can't, or one-time sequences where nothing uses one up.
     """
     if probe.get("clock") is False:
         expiring = sorted(name for name, operator in operators.items() if operator.valid_until is not None)
@@ -149,7 +161,14 @@ def build_model(
                 f"this one's can't, so it would never shut out {', '.join(expiring)}."
             )
     steps = _automaton(settings, operators)
-    in_sequences = {knock.port for operator in operators.values() for knocks in operator.sequences for knock in knocks}
+    if any(operator.one_time for operator in operators.values()) and probe.get("one_time") is not True:
+        raise PortknockError(
+            f"{_OPTION}one_time: expected a host whose nft and kernel can count the bytes of an element (quota); this one's "
+            "can't, so nothing would use a sequence up."
+        )
+    in_sequences = {
+        knock.port for operator in operators.values() for knocks in operator.every_sequence for knock in knocks
+    }
     barred = settings.protected | in_sequences | avoid
     tripwires: tuple[int, ...] = ()
     if settings.guard == "tripwires":
@@ -179,6 +198,11 @@ def build_model(
                 "valid_from": operator.valid_from,
             }
             for name, operator in sorted(operators.items())
+        ],
+        "one_time": [
+            {"id": f"{identity:x}", "number": f"{operator.number:x}"}
+            for _name, operator in sorted(operators.items())
+            for identity in sorted(operator.one_time)
         ],
         "steps": steps,
         "tripwires": sorted(tripwires),
@@ -294,8 +318,10 @@ def _automaton(settings: GateSettings, operators: Mapping[str, Honoured]) -> lis
     def add(state: str, knock: Knock, follows: str) -> None:
         steps.append({"state": state, "proto": knock.proto, "port": knock.port, "next": follows})
 
-    for operator in sorted(operators):
-        for knocks in operators[operator].sequences:
+    for operator, honoured in sorted(operators.items()):
+        finals = [(knocks, f"2:{honoured.number:x}") for knocks in honoured.sequences]
+        finals += [(knocks, f"7:{identity:x}") for identity, knocks in sorted(honoured.one_time.items())]
+        for knocks, final in finals:
             if not knocks or len(set(knocks)) != len(knocks):
                 raise PortknockError(f"{option}: expected each port of {operator}'s sequence once, and one at least.")
             if any(knock.port in settings.protected for knock in knocks):
@@ -310,14 +336,17 @@ def _automaton(settings: GateSettings, operators: Mapping[str, Honoured]) -> lis
             for index, knock in enumerate(knocks):
                 is_last = index == len(knocks) - 1
                 states += 0 if is_last else 1
-                follows = f"2:{operators[operator].number:x}" if is_last else f"1:{states:x}"
+                follows = final if is_last else f"1:{states:x}"
                 add(state, knock, follows)
                 if not is_last:
                     # The first knock said again is a new start; a later one changes nothing, its timeout included.
                     add(follows, knock, _AGAIN if index else follows)
                 state = follows
     if states > _HIGHEST_STATE:
-        raise PortknockError(f"{option}: expected at most {_HIGHEST_STATE} knocks in all; got more.")
+        raise PortknockError(
+            f"{option}, {_OPTION}one_time: expected at most {_HIGHEST_STATE} knocks in all, the last ones of the sequences not "
+            f"counted; got {states}. Have fewer one-time sequences, shorter ones, or fewer operators."
+        )
     return steps
 
 

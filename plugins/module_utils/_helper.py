@@ -22,6 +22,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._helper_secrets im
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import KnockResult, knock_and_connect, resolve
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT
 from ansible_collections.fleet.portknock.plugins.module_utils._relay import relay
+from ansible_collections.fleet.portknock.plugins.module_utils._usage import Usage
 
 # Leaves some of the ten seconds that Ansible gives ssh by default, and that many people set as ConnectTimeout, for the
 # exchange of banners, which ssh counts too.
@@ -114,7 +115,11 @@ def _connect(options: argparse.Namespace, begun: float) -> socket.socket:
     host = access.hostname if options.host.lower() == name.lower() else options.host
     addresses = resolve(host, options.port, options.family)
     left = max(0.0, begun + options.timeout - time.monotonic())
-    result, sock = knock_and_connect(addresses, access.sequences, options.port, left)
+    usage = Usage(f"{options.secrets}.used", access.stamp, f"{name} ")
+    tickets = usage.tickets([(secrets.operator, access.one_time)]) if access.one_time else []
+    once = [ticket.knocks for ticket in tickets]
+    result, sock = knock_and_connect(addresses, access.sequences, options.port, left, once=once)
+    usage.note(tickets, result, len(access.sequences))
     if sock is None:
         raise PortknockError(_explain(result, options, name, secrets.operator))
     return sock

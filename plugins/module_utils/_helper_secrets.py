@@ -13,7 +13,17 @@ JSON of this shape, without any other key::
     }
 
 The keys of ``hosts`` are the names that a person uses, ``hostname`` and ``port`` what ssh connects to, ``sequences``
-what opens it, likeliest first. No error text of this module quotes the file.
+what opens it, likeliest first. A host with sequences that open once each has them by their ids, and format 2 says that there
+is such a host::
+
+        "web2": {
+          "hostname": "192.0.2.8",
+          "port": 22,
+          "sequences": [],
+          "one_time": {"stamp": "0123456789abcdef", "sequences": {"41": ["11111/tcp", "33333/udp", "22222/tcp"]}}
+        }
+
+No error text of this module quotes the file.
 """
 
 from __future__ import annotations
@@ -23,24 +33,45 @@ import os
 import re
 import shlex
 import stat
+from types import MappingProxyType
 from typing import Mapping, NamedTuple
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
 
 FORMAT = 1
+FORMAT_WITH_ONE_TIME = 2
 
 _TOP_KEYS = {"format", "operator", "hosts"}
 _HOST_KEYS = {"hostname", "port", "sequences"}
+_ONE_TIME_KEYS = {"stamp", "sequences"}
+_ID = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 _PRINTABLE = re.compile(r"[^\x00-\x1f\x7f]+")
 
 
 class Access(NamedTuple):
-    """Where a host is, and what opens it: at least one sequence, likeliest first."""
+    """Where a host is, and what opens it: at least one sequence, likeliest first.
+
+    ``one_time`` are sequences that open once each, by id, and ``stamp`` tells these ids from those of another time.
+    """
 
     hostname: str
     port: int
     sequences: tuple[tuple[Knock, ...], ...]
+    one_time: Mapping[int, tuple[Knock, ...]] = MappingProxyType({})
+    stamp: str = ""
+
+    def to_mapping(self) -> dict[str, object]:
+        """Return what the file has of it."""
+        mapping: dict[str, object] = {
+            "hostname": self.hostname,
+            "port": self.port,
+            "sequences": [[str(knock) for knock in knocks] for knocks in self.sequences],
+        }
+        if self.one_time:
+            once = {str(identity): [str(knock) for knock in knocks] for identity, knocks in self.one_time.items()}
+            mapping["one_time"] = {"stamp": self.stamp, "sequences": once}
+        return mapping
 
 
 class HelperSecrets(NamedTuple):
@@ -52,16 +83,9 @@ class HelperSecrets(NamedTuple):
     def to_text(self) -> str:
         """Return the file's content; the same secrets give the same text."""
         content = {
-            "format": FORMAT,
+            "format": FORMAT_WITH_ONE_TIME if any(access.one_time for access in self.hosts.values()) else FORMAT,
             "operator": self.operator,
-            "hosts": {
-                name: {
-                    "hostname": access.hostname,
-                    "port": access.port,
-                    "sequences": [[str(knock) for knock in knocks] for knocks in access.sequences],
-                }
-                for name, access in self.hosts.items()
-            },
+            "hosts": {name: access.to_mapping() for name, access in self.hosts.items()},
         }
         return json.dumps(content, indent=2) + "\n"
 
@@ -106,12 +130,13 @@ def parse_secrets(text: str, path: str) -> HelperSecrets:
         raise _damaged(path, "JSON", "the content") from None
     if isinstance(data, dict) and _is_newer(data.get("format")):
         raise PortknockError(
-            f"{path}: expected a file of format {FORMAT}; got one of a newer format. Use the helper that came with it."
+            f"{path}: expected a file of format {FORMAT_WITH_ONE_TIME} or before; got one of a newer format. Use the helper "
+            "that came with it."
         )
     if not isinstance(data, dict) or set(data) != _TOP_KEYS:
         raise _damaged(path, f"a mapping of {', '.join(sorted(_TOP_KEYS))}", "the content")
-    if data["format"] != FORMAT or isinstance(data["format"], bool):
-        raise _damaged(path, str(FORMAT), "format")
+    if data["format"] not in (FORMAT, FORMAT_WITH_ONE_TIME) or isinstance(data["format"], bool):
+        raise _damaged(path, f"{FORMAT} or {FORMAT_WITH_ONE_TIME}", "format")
     if not _is_printable(data["operator"]):
         raise _damaged(path, "a name", "operator")
     hosts = data["hosts"]
@@ -166,20 +191,36 @@ def _check_private(path: str, status: os.stat_result) -> None:
 
 def _parse_access(value: object, path: str, number: int) -> Access:
     where = f"host number {number}"
-    if not isinstance(value, dict) or set(value) != _HOST_KEYS:
+    if not isinstance(value, dict) or set(value) - {"one_time"} != _HOST_KEYS:
         raise _damaged(path, f"a mapping of {', '.join(sorted(_HOST_KEYS))}", where)
     hostname, port, sequences = value["hostname"], value["port"], value["sequences"]
     if not _is_printable(hostname):
         raise _damaged(path, "a name or an address", f"hostname of {where}")
     if not isinstance(port, int) or isinstance(port, bool) or not 1 <= port <= HIGHEST_PORT:
         raise _damaged(path, f"a port from 1 to {HIGHEST_PORT}", f"port of {where}")
-    if not isinstance(sequences, list) or not sequences or not all(sequences):
+    once, stamp = _parse_one_time(value["one_time"], path, where) if "one_time" in value else ({}, "")
+    if not isinstance(sequences, list) or not (sequences or once) or not all(sequences):
         raise _damaged(path, "a list of lists of port/protocol", f"sequences of {where}")
     try:
         knocks = tuple(parse_knocks(sequence, "sequences", secret=True) for sequence in sequences)
     except PortknockError:
         raise _damaged(path, "a list of lists of port/protocol, tcp or udp", f"sequences of {where}") from None
-    return Access(hostname, port, knocks)
+    return Access(hostname, port, knocks, once, stamp)
+
+
+def _parse_one_time(value: object, path: str, where: str) -> tuple[dict[int, tuple[Knock, ...]], str]:
+    place = f"one_time of {where}"
+    if not isinstance(value, dict) or set(value) != _ONE_TIME_KEYS or not _is_printable(value["stamp"]):
+        raise _damaged(path, f"a mapping of {', '.join(sorted(_ONE_TIME_KEYS))}", place)
+    sequences = value["sequences"]
+    if not isinstance(sequences, dict) or not all(_ID.fullmatch(key) and knocks for key, knocks in sequences.items()):
+        raise _damaged(path, "a mapping from ids", place)
+    try:
+        return {int(key): parse_knocks(knocks, "sequences", secret=True) for key, knocks in sequences.items()}, value[
+            "stamp"
+        ]
+    except PortknockError:
+        raise _damaged(path, "lists of port/protocol, tcp or udp", place) from None
 
 
 def _is_printable(value: object) -> bool:
@@ -187,7 +228,7 @@ def _is_printable(value: object) -> bool:
 
 
 def _is_newer(value: object) -> bool:
-    return isinstance(value, int) and value > FORMAT
+    return isinstance(value, int) and value > FORMAT_WITH_ONE_TIME
 
 
 def _damaged(path: str, expected: str, place: str) -> PortknockError:

@@ -78,6 +78,7 @@ class GateHost:
     def __init__(self, backend: Nftables, root: str = "", run: Runner = run_program) -> None:
         self._backend = backend
         self._run = run
+        self._root = root
         self._config = root + CONFIG_FOLDER
         self._units = root + UNIT_FOLDER
         self._paths = {name: root + file.path for name, file in backend.files.items()}
@@ -142,6 +143,7 @@ class GateHost:
         text = wanted.texts["gate"]
         # A number that is another operator's from now on must not put former openings down to them.
         self._backend.load(self._backend.forgetting(text) if _renames(found.state, wanted) else text, found.listing)
+        self._backend.arm(wanted.texts)
         write_text(self.trial.path("loaded"), _as_text(self._digests()), 0o600)
         if self._is_installed(wanted, found):
             write_text(self._installed, "", 0o600)
@@ -243,6 +245,8 @@ class GateHost:
             f" systemctl {'restart' if unit in found.running else 'stop'} {unit};" for unit in self._backend.services
         )
         commands.append(f'{{ [ -z "$restored" ] || {{ systemctl daemon-reload;{services} :; }}; }}')
+        # What the former gate had armed went with its table.
+        commands.append(self._backend.arm_command(self._root))
         self.trial.begin(
             run,
             seconds,

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any, Optional
+from typing import Any, Mapping, Optional
 
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import Nftables, back_end
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._host import Found, GateHost
+from ansible_collections.fleet.portknock.plugins.module_utils._nft import has_one_time
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
     global_ipv6_addresses,
     ports_in_use,
@@ -29,6 +30,8 @@ _FIREWALL_TRACES = {
 }
 _UFW_SETTINGS = "/etc/ufw/ufw.conf"
 _TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+# Fewer one-time sequences than one in so many are few.
+_FEW = 4
 _CONNTRACK = "/proc/sys/net/netfilter"
 
 
@@ -50,6 +53,8 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
         except PortknockError as exc:
             problem = str(exc)
     peer = ssh_peer(pid)
+    stock = enforcer.stock() if has_one_time(found.texts["gate"] or "") else {}
+    names = enforcer.one_time_operators(found.texts["gate"] or "")
     return {
         "gate": {
             "present": found.texts["gate"] is not None,
@@ -60,6 +65,10 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
             "keyring": found.state.get("keyring"),
             "generation": found.state.get("generation", 0),
             "fingerprint": found.state.get("fingerprint"),
+            "one_time": {
+                names[number]: supply for number, supply in stock.get("operators", {}).items() if number in names
+            },
+            "one_time_last": stock.get("last", 0),
         },
         "openings": _openings(enforcer, host, found),
         "backend": {
@@ -98,6 +107,26 @@ def _openings(enforcer: Nftables, host: GateHost, found: Found) -> list[dict[str
     ]
 
 
+def one_time_warnings(report: Mapping[str, Any]) -> list[str]:
+    """What to tell the user of one-time sequences of which few are left.
+
+    :param report: what :func:`inspect_host` returned.
+    """
+    warnings = []
+    for name, supply in report["gate"]["one_time"].items():
+        if not supply["left"]:
+            warnings.append(
+                f"knock_server_one_time: operator {name} has no sequence left on this host: only trusted sources and other "
+                "operators get in until site.yml makes new ones."
+            )
+        elif _FEW * supply["left"] < supply["known"]:
+            warnings.append(
+                f"knock_server_one_time: operator {name} has {supply['left']} of {supply['known']} sequences left on this host; "
+                "site.yml makes new ones."
+            )
+    return warnings
+
+
 def _firewalls() -> list[str]:
     active = [name for name, trace in _FIREWALL_TRACES.items() if os.path.exists(trace)]
     if "ENABLED=yes" in (read_text(_UFW_SETTINGS) or ""):
@@ -114,4 +143,4 @@ def _number(path: str) -> Optional[int]:
     return int(text) if text is not None else None
 
 
-__all__ = ("inspect_host",)
+__all__ = ("inspect_host", "one_time_warnings")

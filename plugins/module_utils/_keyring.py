@@ -17,7 +17,8 @@ import secrets
 from dataclasses import dataclass, replace
 from random import Random
 from time import gmtime, strftime, strptime
-from typing import AbstractSet, Mapping, NamedTuple, Sequence
+from types import MappingProxyType
+from typing import AbstractSet, Iterator, Mapping, NamedTuple, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import EARLIEST_TIME, Honoured
@@ -37,6 +38,15 @@ from ansible_collections.fleet.portknock.plugins.module_utils._sequences import 
     check_protocols,
     generate,
 )
+from ansible_collections.fleet.portknock.plugins.module_utils._stock import (
+    COMING,
+    HIGHEST_ID,
+    HONOURED,
+    STATES,
+    Stock,
+    check_one_time,
+    draw,
+)
 
 FORMAT = 1
 GENERATED = "generated"
@@ -55,6 +65,7 @@ _VALID_UNTIL_OPTION = "knock_server_valid_until"
 # How far a host's clock may be behind the controller's before it counts as wrong.
 _CLOCK_SECONDS = 86400
 _REMEDY = f"Use the keyring that the gate came from, or set {_ADOPT_OPTION} to give the host new secrets."
+_STAMP_LABEL = b"fleet.portknock one-time sequences version 1\0"
 _OPERATOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 # A keyring inside a folder that is an inventory source is read by Ansible as inventory; under one of these names an
 # operator's sequences would become variables of hosts.
@@ -94,7 +105,7 @@ class Operator:
     been seen to since ``both_since``; None where it has not yet.
 
     ``valid_until`` is when the host itself shuts the operator out, ``revoked`` when that was done for good. All times are UTC,
-    such as 2026-01-31T08:15:00Z.
+    such as 2026-01-31T08:15:00Z. ``one_time`` are the sequences that open once each, where the gate honours such instead.
     """
 
     active: bool
@@ -104,6 +115,17 @@ class Operator:
     both_since: str | None = None
     valid_until: str | None = None
     revoked: str | None = None
+    one_time: Stock | None = None
+
+    @property
+    def opens_once(self) -> bool:
+        """Whether the gate is to honour the one-time sequences, and no reusable one."""
+        return self.one_time is not None and self.one_time.wanted
+
+    @property
+    def once(self) -> Mapping[int, tuple[Knock, ...]]:
+        """The one-time sequences that the gate is to honour, by id."""
+        return {} if self.one_time is None else self.one_time.honoured
 
     @property
     def wanted(self) -> StoredSequence:
@@ -111,8 +133,33 @@ class Operator:
         return self.current if self.next is None else self.next
 
     @property
+    def every_sequence(self) -> Iterator[tuple[Knock, ...]]:
+        """All that is kept, honoured or not."""
+        yield self.current.knocks
+        if self.next is not None:
+            yield self.next.knocks
+        if self.one_time is not None:
+            yield from self.one_time.sequences.values()
+
+    @property
+    def is_between(self) -> bool:
+        """Whether there are two sequences, or two sets of those that open once, of which one is to go."""
+        if self.one_time is not None and self.opens_once:
+            return bool(self.one_time.retire)
+        return self.next is not None
+
+    @property
+    def is_rotating(self) -> bool:
+        """Whether it is a rotation that has made the one beside the other."""
+        if self.one_time is not None and self.opens_once:
+            return bool(self.one_time.retire) and not self.one_time.retiring
+        return self.both and self.current.source != GIVEN
+
+    @property
     def honoured(self) -> tuple[StoredSequence, ...]:
-        """Every sequence that the gate is to honour, newest first."""
+        """Every reusable sequence that the gate is to honour, newest first."""
+        if self.opens_once:
+            return ()
         return (self.next, self.current) if self.next is not None and self.both else (self.wanted,)
 
     def has_expired(self, now: str) -> bool:
@@ -121,12 +168,21 @@ class Operator:
 
     def promoted(self, now: str) -> Operator:
         """Return this after the gate was proved and confirmed with what is honoured."""
+        if self.one_time is not None:
+            noted = replace(self, one_time=self.one_time.promoted())
+            if self.one_time.wanted:
+                # What is reusable was not proved: it waits for the day when the gate honours it again.
+                rotates = self.one_time.retire and not self.one_time.retiring
+                return replace(noted, both_since=self.both_since or now) if rotates else noted
+            return noted.promoted(now)
         if not self.both:
             return replace(self, current=self.wanted, next=None)
         return self if self.both_since else replace(self, both_since=now)
 
     def retired(self) -> Operator:
         """Return this with the newest sequence alone. Only once the host is known to honour it."""
+        if self.one_time is not None and self.one_time.retire:
+            return replace(self, one_time=self.one_time.retired(), both_since=None)
         return replace(self, current=self.wanted, next=None, both=False, both_since=None)
 
     def to_mapping(self) -> dict[str, object]:
@@ -134,6 +190,7 @@ class Operator:
             "active": self.active,
             "current": self.current.to_mapping(),
             **({} if self.next is None else {"next": self.next.to_mapping()}),
+            **({} if self.one_time is None else {"one_time": _stock_mapping(self.one_time)}),
             **self._marks(),
         }
 
@@ -143,6 +200,7 @@ class Operator:
             "active": self.active,
             "current": _describe(self.current),
             **({} if self.next is None else {"next": _describe(self.next)}),
+            **({} if self.one_time is None else {"one_time": _describe_stock(self.one_time)}),
             **self._marks(),
         }
 
@@ -158,7 +216,8 @@ class HostSecrets:
     ``generation`` goes up with every change of what is to be deployed. ``avoid`` holds the ports that were in use on
     the host at that time. ``removed`` marks a host whose gate was taken away. ``packages`` are those that were installed
     there for the gate, so that they can be removed with it. ``rotation`` is the id of the last one that made sequences here.
-    ``single_use`` tells clients that a window of the host's gate may be good for one connection only.
+    ``single_use`` tells clients that a window of the host's gate may be good for one connection only. ``last_id`` is the highest
+    id that a one-time sequence was ever given.
     """
 
     keyring_id: str
@@ -171,6 +230,7 @@ class HostSecrets:
     packages: tuple[str, ...] = ()
     rotation: str | None = None
     single_use: bool = False
+    last_id: int = 0
 
     @classmethod
     def from_mapping(cls, data: object, path: str) -> HostSecrets:
@@ -192,6 +252,7 @@ class HostSecrets:
             **({"packages": list(self.packages)} if self.packages else {}),
             **({"rotation": self.rotation} if self.rotation else {}),
             **({"single_use": True} if self.single_use else {}),
+            **({"one_time_last": self.last_id} if self.last_id else {}),
             "tripwires": {"seed": self.tripwire_seed.hex(), "avoid": sorted(self.avoid)},
             "operators": {name: operator.to_mapping() for name, operator in self.operators.items()},
         }
@@ -208,11 +269,39 @@ class HostSecrets:
         }
 
     def candidates(self, operator: str | None = None) -> list[tuple[str, tuple[Knock, ...]]]:
-        """Return the sequences that a client tries, likeliest first, each with its operator's name.
+        """Return the reusable sequences that a client tries, likeliest first, each with its operator's name.
+
+        None of an operator whose one-time sequences are known to be what the gate honours.
 
         :param operator: only this one's.
         :raises PortknockError: there is no such operator.
         """
+        chosen = [
+            (name, entry)
+            for name, entry in self._chosen(operator)
+            if entry.one_time is None or entry.one_time.state != HONOURED
+        ]
+        active = [(name, entry) for name, entry in chosen if entry.active]
+        return [
+            *((name, entry.current.knocks) for name, entry in active),
+            *((name, entry.next.knocks) for name, entry in active if entry.next is not None),
+            *((name, entry.current.knocks) for name, entry in chosen if not entry.active),
+            *((name, entry.next.knocks) for name, entry in chosen if not entry.active and entry.next is not None),
+        ]
+
+    def one_time(self, operator: str | None = None) -> list[tuple[str, Mapping[int, tuple[Knock, ...]]]]:
+        """Return the one-time sequences that a client may use, by id: groups with their operators' names, likeliest first.
+
+        :param operator: only this one's.
+        :raises PortknockError: there is no such operator.
+        """
+        chosen = [(name, entry) for name, entry in self._chosen(operator) if entry.one_time is not None]
+        chosen.sort(key=lambda item: not item[1].active)
+        return [
+            (name, group) for name, entry in chosen if entry.one_time is not None for group in entry.one_time.groups
+        ]
+
+    def _chosen(self, operator: str | None) -> list[tuple[str, Operator]]:
         if operator is not None and operator not in self.operators:
             raise PortknockError(
                 f"knock_operator: expected an operator that the keyring knows on {self.host} "
@@ -222,13 +311,7 @@ class HostSecrets:
         chosen = [(name, entry) for name, entry in self.operators.items() if operator in (None, name)]
         # Whose time is over comes last; the host's clock is what counts.
         chosen.sort(key=lambda item: item[1].has_expired(now))
-        active = [(name, entry) for name, entry in chosen if entry.active]
-        return [
-            *((name, entry.current.knocks) for name, entry in active),
-            *((name, entry.next.knocks) for name, entry in active if entry.next is not None),
-            *((name, entry.current.knocks) for name, entry in chosen if not entry.active),
-            *((name, entry.next.knocks) for name, entry in chosen if not entry.active and entry.next is not None),
-        ]
+        return chosen
 
     def honoured(self, operators: Sequence[str]) -> dict[str, Honoured]:
         """Return what the gate is to honour, by operator; whoever was revoked is left out.
@@ -249,13 +332,14 @@ class HostSecrets:
                 sequences=[stored.knocks for stored in self.operators[name].honoured],
                 valid_until=_optional_seconds(self.operators[name].valid_until),
                 valid_from=_valid_from(self.operators[name]),
+                one_time=self.operators[name].once,
             )
             for name in operators
             if not self.operators[name].revoked
         }
 
-    def to_prove(self, operators: Sequence[str]) -> tuple[Knock, ...]:
-        """Return the sequence that a proof of the gate uses: one that is new there, where there is any.
+    def prover(self, operators: Sequence[str]) -> str:
+        """Return the operator whose sequence a proof of the gate uses: one with a new sequence there, where there is any.
 
         :raises PortknockError: as :meth:`honoured`, or each one's time is over.
         """
@@ -268,10 +352,16 @@ class HostSecrets:
             )
         # One that expires may do so meanwhile.
         names.sort(key=lambda name: (not self._is_new(name), self.operators[name].valid_until is not None))
-        return self.operators[names[0]].wanted.knocks
+        return names[0]
+
+    def to_prove(self, operators: Sequence[str]) -> tuple[Knock, ...]:
+        """Return the sequence that a proof of the gate uses, where it is a reusable one: see :meth:`prover`."""
+        return self.operators[self.prover(operators)].wanted.knocks
 
     def _is_new(self, name: str) -> bool:
         operator = self.operators[name]
+        if operator.one_time is not None:
+            return operator.one_time.state != HONOURED
         return operator.next is not None and operator.both_since is None
 
     def promoted(self, now: str, single_use: bool | None = None) -> HostSecrets:
@@ -300,6 +390,11 @@ class HostSecrets:
         }
         text = json.dumps([self.generation, honoured])
         return hmac.new(self.tripwire_seed, text.encode(), hashlib.sha256).hexdigest()[:16]
+
+    @property
+    def stamp(self) -> str:
+        """What tells the ids of these one-time sequences from those of an entry of another time, and gives nothing away."""
+        return hmac.new(self.tripwire_seed, _STAMP_LABEL, hashlib.sha256).hexdigest()[:16]
 
     def marked_removed(self, packages_gone: Sequence[str] = ()) -> HostSecrets:
         """Return this for a host whose gate was taken away: the sequences are kept.
@@ -361,11 +456,17 @@ class Plan(NamedTuple):
 
 
 class HostState(NamedTuple):
-    """What a host's gate says of itself: the keyring that it came from, its generation, and its secrets' fingerprint."""
+    """What a host's gate says of itself: the keyring that it came from, its generation, and its secrets' fingerprint.
+
+    ``one_time`` holds, by operator, the id of the first one-time sequence that has not been used; ``last_id`` is the highest
+    id that the host knows of.
+    """
 
     keyring_id: str
     generation: int
     fingerprint: str | None = None
+    one_time: Mapping[str, int] = MappingProxyType({})
+    last_id: int = 0
 
     def contradicts(self, entry: HostSecrets) -> bool:
         """Whether the entry has other secrets under the same name: a copy that went a way of its own."""
@@ -532,7 +633,19 @@ def read_host_state(value: object) -> HostState | None:
             return None
         if isinstance(keyring_id, str) and keyring_id and generation is not None:
             fingerprint = value.get("fingerprint")
-            return HostState(keyring_id, generation, fingerprint if isinstance(fingerprint, str) else None)
+            unused = value.get("one_time")
+            firsts = {
+                str(name): _whole_number(supply.get("first"), 1)
+                for name, supply in (unused.items() if isinstance(unused, Mapping) else ())
+                if isinstance(supply, Mapping)
+            }
+            return HostState(
+                keyring_id,
+                generation,
+                fingerprint if isinstance(fingerprint, str) else None,
+                {name: first for name, first in firsts.items() if first is not None},
+                _whole_number(value.get("one_time_last"), 0) or 0,
+            )
     raise PortknockError(
         "host_state: expected what knock_gate_info reports as gate, a mapping with keyring and generation; "
         "got something else."
@@ -601,6 +714,8 @@ def plan_secrets(
     single_use: bool = False,
     readmit: Sequence[str] = (),
     valid_until: Mapping[str, str] | None = None,
+    one_time: int = 0,
+    is_bare: bool = False,
     random: Random | None = None,
 ) -> Plan:
     """Say what a host's entry is to become, so that every operator has a sequence; nothing is written.
@@ -612,6 +727,9 @@ def plan_secrets(
     * Two generated sequences that are honoured during a rotation stay as they are: ending it is not this function's.
     * An operator who isn't named any more becomes inactive and keeps their sequence. One who was revoked stays out, named or
       not, until ``readmit`` names them, and then gets a new sequence.
+    * With ``one_time``, each operator has that many one-time sequences, which the gate honours instead of the reusable one:
+      new ones where fewer than half are left, where the number was raised, and where what there was may have been used.
+      Without, they go once the gate is known to honour the reusable sequence.
     * An entry that was marked removed is live again.
     * Packages are noted, and so is a gate that is to be a single-use one; neither changes secrets, so the generation stays.
       That it is one no more is noted by :meth:`HostSecrets.promoted`: until then clients have to reckon with it.
@@ -619,10 +737,16 @@ def plan_secrets(
 
     :param now: the time, for what is created, such as 2026-01-31T08:15:00Z.
     :param state: what the host's gate says of itself. A generation beyond the entry's (an adopted host) is passed by.
+    :param is_bare: the host is known to have no gate, and with it no memory of what was used there.
     :raises PortknockError: bad input, or a given sequence that breaks a rule.
     """
     names = check_operators(operators)
     sequences = {name: [tuple(knocks) for knocks in several] for name, several in (given or {}).items()}
+    if check_one_time(one_time) and sequences:
+        raise PortknockError(
+            f"{_SEQUENCES_OPTION}: expected none where knock_server_one_time is set, since each sequence is used once; got "
+            f"those of {', '.join(sequences)}."
+        )
     warnings: list[str] = []
     for name, several in sequences.items():
         option = f"{_SEQUENCES_OPTION}, operator {name}"
@@ -697,7 +821,35 @@ def plan_secrets(
             for name in names
             if planned[name].has_expired(now)
         ]
-    _check_first_knocks({name: [stored.knocks for stored in planned[name].honoured] for name in names})
+    adopted = (
+        existing is not None
+        and state is not None
+        and (state.keyring_id != keyring_id or state.generation > existing.generation or state.contradicts(existing))
+    )
+    last_id = max(0 if existing is None else existing.last_id, 0 if state is None else state.last_id)
+    begun = {knocks[0] for entry in (*known.values(), *planned.values()) for knocks in entry.every_sequence}
+    for name in names:
+        entry = planned[name]
+        if entry.revoked is not None:
+            continue
+        if not one_time:
+            planned[name] = replace(entry, one_time=entry.one_time.going() if entry.one_time else None)
+            continue
+        # What another keyring's gate, or one that is gone, has let in is not known.
+        kept = None if adopted or is_bare else entry.one_time
+        stock = (kept or Stock(one_time, COMING, {})).coming().without(protected)
+        left = stock.since(0 if state is None else state.one_time.get(name, 0))
+        if left.is_short(one_time) or (one_time < stock.size and not stock.retire):
+            excluded = {*nmap_ports, *in_use, *protected}
+            missing = max(0, one_time - len(left.sequences))
+            added = draw(missing, last_id, length, protocols, excluded, begun, random)
+            begun.update(knocks[0] for knocks in added.values())
+            last_id += missing
+            stock = left.filled(one_time, added)
+        planned[name] = replace(entry, one_time=stock)
+    _check_first_knocks(
+        {name: [*(stored.knocks for stored in planned[name].honoured), *planned[name].once.values()] for name in names}
+    )
     for name, former in known.items():
         planned.setdefault(name, replace(former, active=False))
 
@@ -711,16 +863,16 @@ def plan_secrets(
             planned,
             packages=tuple(packages),
             single_use=single_use,
+            last_id=last_id,
         )
         return Plan(fresh, True, tuple(created), tuple(warnings))
     noted = (*existing.packages, *(name for name in packages if name not in existing.packages))
     # The order of what is there is kept: it is the order in which a client tries.
     ordered = {name: planned[name] for name in (*known, *created)}
-    same = replace(existing, operators=ordered, removed=False, keyring_id=keyring_id)
-    check_not_all_revoked(names, same)
-    adopted = state is not None and (
-        state.keyring_id != keyring_id or state.generation > existing.generation or state.contradicts(existing)
+    same = replace(
+        existing, operators=ordered, removed=False, keyring_id=keyring_id, last_id=max(existing.last_id, last_id)
     )
+    check_not_all_revoked(names, same)
     if same == existing and not adopted:
         latest = replace(existing, packages=noted, single_use=existing.single_use or single_use)
         if latest == existing:
@@ -779,7 +931,24 @@ def _with_next(entry: Operator, following: StoredSequence, deployed: int) -> Ope
     return replace(entry, current=_on_host(entry, deployed), next=following, both=False, both_since=None)
 
 
+def _stock_mapping(stock: Stock) -> dict[str, object]:
+    return {
+        "size": stock.size,
+        "state": stock.state,
+        **({"retire": stock.retire} if stock.retire else {}),
+        **({"retiring": True} if stock.retiring else {}),
+        # A line each: there may be hundreds.
+        "sequences": {identity: " ".join(map(str, knocks)) for identity, knocks in stock.sequences.items()},
+    }
+
+
+def _describe_stock(stock: Stock) -> dict[str, object]:
+    return {"size": stock.size, "state": stock.state, "sequences": len(stock.sequences)}
+
+
 def _fingerprinted(operator: Operator) -> object:
+    if operator.opens_once:
+        return [{identity: list(map(str, knocks)) for identity, knocks in operator.once.items()}, operator.valid_until]
     sequences = [[str(knock) for knock in stored.knocks] for stored in operator.honoured]
     if len(sequences) == 1 and operator.valid_until is None:
         return sequences[0]
@@ -850,6 +1019,10 @@ class _Node:
             raise self.damaged(keys)
         return {key: _Node(item, key, self._path) for key, item in value.items()}
 
+    def item(self, value: object) -> _Node:
+        """A part of this value, for whose errors this place will do."""
+        return _Node(value, self._place, self._path)
+
     def named(self) -> dict[str, _Node]:
         """The values of a mapping whose keys are operators' names."""
         value = self.value
@@ -904,7 +1077,7 @@ def _read_host(node: _Node) -> HostSecrets:
         raise node.damaged(f"a keyring file of format {FORMAT}, not of a newer one that a later release wrote,")
     top = node.mapping(
         ("format", "keyring", "host", "generation", "tripwires", "operators"),
-        ("removed", "packages", "rotation", "single_use"),
+        ("removed", "packages", "rotation", "single_use", "one_time_last"),
     )
     if top["format"].value != FORMAT:
         raise top["format"].damaged(str(FORMAT))
@@ -921,11 +1094,12 @@ def _read_host(node: _Node) -> HostSecrets:
         packages=top["packages"].packages() if "packages" in top else (),
         rotation=top["rotation"].text(r"[0-9a-f]{1,64}", "the id of a rotation") if "rotation" in top else None,
         single_use=top["single_use"].flag() if "single_use" in top else False,
+        last_id=top["one_time_last"].count(1) if "one_time_last" in top else 0,
     )
 
 
 def _read_operator(node: _Node) -> Operator:
-    entry = node.mapping(("active", "current"), ("next", "both", "both_since", "valid_until", "revoked"))
+    entry = node.mapping(("active", "current"), ("next", "both", "both_since", "valid_until", "revoked", "one_time"))
 
     def time(name: str) -> str | None:
         return entry[name].time() if name in entry else None
@@ -938,6 +1112,26 @@ def _read_operator(node: _Node) -> Operator:
         both_since=time("both_since"),
         valid_until=time("valid_until"),
         revoked=time("revoked"),
+        one_time=_read_stock(entry["one_time"]) if "one_time" in entry else None,
+    )
+
+
+def _read_stock(node: _Node) -> Stock:
+    entry = node.mapping(("size", "state", "sequences"), ("retire", "retiring"))
+    sequences = entry["sequences"].value
+    if not isinstance(sequences, dict) or not all(
+        _whole_number(identity, 1) and identity <= HIGHEST_ID and isinstance(text, str)
+        for identity, text in sequences.items()
+    ):
+        raise entry["sequences"].damaged("a mapping from ids to port/protocol")
+    return Stock(
+        size=entry["size"].count(1),
+        retire=entry["retire"].count(1) if "retire" in entry else 0,
+        retiring=entry["retiring"].flag() if "retiring" in entry else False,
+        state=entry["state"].text("|".join(STATES), " or ".join(STATES)),
+        sequences={
+            identity: entry["sequences"].item(text.split(" ")).knocks() for identity, text in sorted(sequences.items())
+        },
     )
 
 

@@ -27,6 +27,8 @@ GAPS = (0.0, 0.02, 0.2)
 # How long a round waits for the port to open, by round; the last one repeats. A connect that a round started goes on
 # in the following ones, so that a path slower than this is no loss.
 _PATIENCE = (0.25, 0.5, 1.0)
+# A sequence that opens once has mostly been used by someone else where it does not open: the next follows soon.
+_PATIENCE_ONCE = 0.25
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.1
 _BANNER_SIZE = 255
@@ -82,7 +84,7 @@ class KnockResult(NamedTuple):
     ``state`` is as in :class:`Probe` (TCP); ``address`` is the one that opened, or the last one tried (None where there
     was none); ``elapsed`` is in seconds; ``attempts`` counts the sequences sent; ``gap`` is the one between the knocks
     that opened (or of the last try); ``sequence`` is the index of the one that opened, or -1; ``error`` and ``banner``
-    are as in :class:`Probe`.
+    are as in :class:`Probe`. ``sent_once`` says how many of the sequences that open once were sent.
     """
 
     state: str
@@ -93,6 +95,7 @@ class KnockResult(NamedTuple):
     sequence: int
     error: str = ""
     banner: str = ""
+    sent_once: int = 0
 
 
 class _Try(NamedTuple):
@@ -195,21 +198,26 @@ def knock_with_any(
     source: str | None = None,
     banner: float = 0.0,
     single_use: bool = False,
+    once: Sequence[Sequence[Knock]] = (),
 ) -> KnockResult:
     """Knock as :func:`knock_and_connect` does, to see whether the port opens; the connection is closed.
 
     :param banner: the seconds to wait for the first line of what opened; not part of the timeout and of ``elapsed``.
-    :param single_use: the look uses up what the knock opened, so what worked is sent once more for whoever connects next.
+    :param single_use: the look uses up what the knock opened, so what worked is sent once more for whoever connects next, or
+        the next of those that open once.
     """
-    result, sock = knock_and_connect(addresses, sequences, port, timeout, gaps, source)
+    result, sock = knock_and_connect(addresses, sequences, port, timeout, gaps, source, once)
     if sock is None:
         return result
     with sock:
         result = result._replace(banner=_read_banner(sock, time.monotonic() + banner))
-    if single_use and result.address is not None:
+    following = [sequences[result.sequence]] if result.sequence < len(sequences) else once[result.sent_once :]
+    if single_use and result.address is not None and following:
         # The port was open a moment ago; where no packet goes out any more, the next connection says so itself.
         with contextlib.suppress(OSError):
-            send(result.address, sequences[result.sequence], result.gap, source)
+            send(result.address, following[0], result.gap, source)
+        if result.sequence >= len(sequences):
+            result = result._replace(sent_once=result.sent_once + 1)
     return result
 
 
@@ -220,6 +228,7 @@ def knock_and_connect(
     timeout: float,
     gaps: Sequence[float] = GAPS,
     source: str | None = None,
+    once: Sequence[Sequence[Knock]] = (),
 ) -> tuple[KnockResult, socket.socket | None]:
     """Knock with each sequence in turn until the TCP port opens, first back to back, then with growing gaps.
 
@@ -227,47 +236,70 @@ def knock_and_connect(
     ends with the first connect that succeeds, so that a service is troubled with one connection. The next address
     is tried where one does not open. Ends early where no address can be reached.
 
+    :param once: sequences that open once each, tried one after the other after the first round of the others, and never
+        again once the next was sent. Their indices follow those of the others.
     :return: how it went, and the connection that the port opened for (non-blocking; the caller closes it), or None.
     """
     begun = time.monotonic()
     deadline = begun + timeout
     attempts = 0
+    sent_once = 0
     last = _Try(addresses[0], -1, gaps[0]) if addresses else None
     seen = Probe("unreachable")
+    every = [*sequences, *once]
     with _connects(source) as connects:
-        for number, gap in _rounds(gaps):
+        for steps in _rounds(len(sequences), len(once), gaps):
             reachable = False
-            patience = _PATIENCE[min(number, len(_PATIENCE) - 1)]
-            for index, knocks in enumerate(sequences):
-                for address in addresses:
+            for index, gap, patience in steps:
+                turned = max(0, index - len(sequences)) % max(1, len(addresses))
+                # One address that opens but can't be connected to shall not use up every sequence before the next has its turn.
+                for address in (*addresses[turned:], *addresses[:turned]):
                     if attempts and time.monotonic() >= deadline:
-                        return _result(begun, attempts, last, seen), None
+                        return _result(begun, attempts, last, seen, sent_once), None
                     last = _Try(address, index, gap)
                     attempts += 1
                     try:
-                        send(address, knocks, gap, source)
+                        send(address, every[index], gap, source)
                     except OSError as exc:
                         seen = Probe("unreachable", _error_name(exc.errno))
                         continue
+                    sent_once = max(sent_once, index + 1 - len(sequences))
                     opened, seen, sock = _poll(connects, last, port, min(deadline, time.monotonic() + patience))
                     if opened is not None and sock is not None:
                         connects.hand_over(sock)
-                        return _result(begun, attempts, opened, seen), sock
+                        return _result(begun, attempts, opened, seen, sent_once), sock
                     reachable = reachable or seen.state != "unreachable"
             if not reachable:
-                return _result(begun, attempts, last, seen), None
-    raise AssertionError("the rounds end by returning")
+                break
+    return _result(begun, attempts, last, seen, sent_once), None
 
 
-def _rounds(gaps: Sequence[float]) -> Iterator[tuple[int, float]]:
-    """The number and the gap of each round; the last gap repeats for ever."""
+def _rounds(count: int, once: int, gaps: Sequence[float]) -> Iterator[list[tuple[int, float, float]]]:
+    """The rounds of an attempt: for each knock with a sequence its index, the gap, and how long to wait for the port to open.
+
+    :param count: sequences that are good for as long as one likes: all in every round, of which the last repeats for ever.
+    :param once: those that follow, which open once: a round each, after the first of the others.
+    """
     number = 0
     while True:
-        yield number, gaps[min(number, len(gaps) - 1)]
+        gap, patience = gaps[min(number, len(gaps) - 1)], _PATIENCE[min(number, len(_PATIENCE) - 1)]
+        if count:
+            yield [(index, gap, patience) for index in range(count)]
+        if once and not number:
+            yield from ([(count + index, own, _PATIENCE_ONCE)] for index, own in _steps_once(once, gaps))
+        if not count:
+            return
         number += 1
 
 
-def _result(begun: float, attempts: int, last: _Try | None, seen: Probe) -> KnockResult:
+def _steps_once(count: int, gaps: Sequence[float]) -> Iterator[tuple[int, float]]:
+    """The first of the sequences with the two shortest gaps; the others, of which most will have been used, with one each."""
+    yield 0, gaps[0]
+    for index in range(count):
+        yield index, gaps[min(1 + index % 2, len(gaps) - 1)]
+
+
+def _result(begun: float, attempts: int, last: _Try | None, seen: Probe, sent_once: int) -> KnockResult:
     return KnockResult(
         state=seen.state,
         address=last.address if last else None,
@@ -276,6 +308,7 @@ def _result(begun: float, attempts: int, last: _Try | None, seen: Probe) -> Knoc
         gap=last.gap if last else 0.0,
         sequence=last.sequence if last and seen.state == "open" else -1,
         error=seen.error,
+        sent_once=sent_once,
     )
 
 

@@ -17,6 +17,8 @@ _OPEN_SETS = ("open4", "open6", "open_ll6")
 # With single use, these do so too: what uses up a window while the rules change must find what others did before.
 _USED_SETS = tuple(f"{name}{family}" for name in ("used", "begun_tcp", "begun_udp") for family in ("4", "6", "_ll6"))
 _RECORD_SETS = ("opened4", "opened6", "opened_ll6")
+# Which one-time sequences may open and which have: both outlive it, or neither, so that none that has opened does again.
+_ONE_TIME_SETS = ("armed", "burnt")
 # What differs from one load of the same text to the next, or counts.
 _VOLATILE = frozenset(("handle", "position", "index", "packets", "bytes", "count", "metainfo", "expires"))
 _SIZE = re.compile(r"\bsize\s+([0-9]+)", re.ASCII)
@@ -73,10 +75,15 @@ def replace_transaction(table_text: str, existing: Optional[Mapping[str, Any]]) 
     has_windows = _wanted_shape(table_text, _OPEN_SETS[0]) is not None
     lines = [f"flush table inet {TABLE}"]
     elements = []
+    keeps_one_time = has_one_time(table_text) and set(_ONE_TIME_SETS) <= {
+        found["name"] for kind, found in _objects(existing) if kind == "set"
+    }
     for kind, found in _objects(existing):
         if kind not in ("set", "map"):
             continue
         name = found["name"]
+        if name in _ONE_TIME_SETS and keeps_one_time:
+            continue
         if name in (*_OPEN_SETS, *_USED_SETS, *_RECORD_SETS):
             wanted = _wanted_shape(table_text, name)
             if not has_windows or wanted == _Shape(found.get("size"), found.get("timeout")):
@@ -140,6 +147,16 @@ def forget_openings(table_text: str) -> str:
     )
 
 
+def has_one_time(table_text: str) -> bool:
+    """Whether the text is of a gate with one-time sequences."""
+    return "\n  set armed {" in table_text
+
+
+def without_armed(kernel_text: str) -> str:
+    """The kernel's table as nft lists it, without the one-time sequences that may open: some will have, by the next load."""
+    return re.sub(r"(\bset armed \{[^{}]*?)\s*elements = \{[^{}]*\}", r"\1", kernel_text)
+
+
 def read_listing(output: str) -> Optional[dict[str, Any]]:
     """What ``nft -j list table`` printed, as a listing; None where it holds none.
 
@@ -175,7 +192,7 @@ def normalise(listing: Mapping[str, Any]) -> dict[str, str]:
             # Listed after its chain, in the order in which the rules are gone through.
             objects.setdefault(f"chain {found['chain']}", []).append(_stable(found))
             continue
-        if kind in ("set", "map") and "timeout" in found.get("flags", ()):
+        if kind in ("set", "map") and ("timeout" in found.get("flags", ()) or found["name"] in _ONE_TIME_SETS):
             found = {key: value for key, value in found.items() if key != "elem"}
         objects.setdefault(f"{kind} {found['name']}", []).insert(0, _stable(found))
     return {name: _text(parts) for name, parts in objects.items()}
@@ -284,6 +301,7 @@ __all__ = (
     "Source",
     "close_window",
     "forget_openings",
+    "has_one_time",
     "is_dormant",
     "kept_elements",
     "listing_digests",
@@ -292,4 +310,5 @@ __all__ = (
     "read_listing",
     "replace_transaction",
     "windows",
+    "without_armed",
 )

@@ -21,7 +21,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     FAMILIES,
     Address,
     Probe,
-    knock_until_open,
+    knock_with_any,
     probe,
     probe_udp,
     resolve,
@@ -71,20 +71,24 @@ class Subject:
 
 @dataclass
 class Proof:
-    """What was seen; ``notes`` say what could not be proved."""
+    """What was seen; ``notes`` say what could not be proved, ``sent_once`` how many of the sequences that open once were sent."""
 
     closed: list[dict[str, Any]] = field(default_factory=list)
     opened: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    sent_once: int = 0
 
     def note(self, sentence: str) -> None:
         """Add a note, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
 
+    def _usage(self) -> dict[str, int]:
+        return {"sent_once": self.sent_once} if self.sent_once else {}
+
     def as_result(self) -> dict[str, Any]:
         """The proof as a task result."""
-        return {"closed": self.closed, "opened": self.opened, "notes": self.notes}
+        return {"closed": self.closed, "opened": self.opened, "notes": self.notes, **self._usage()}
 
 
 def answer(question: str, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,9 +131,10 @@ def _prove_applied(request: Mapping[str, Any]) -> dict[str, Any]:
 
     :param request: ``addresses`` and ``others`` as the scout gave them; ``place``; of the gate ``protected``
         (port/protocol), ``closed_response`` and ``trusted`` (CIDRs); of its host ``ports_in_use``, ``listeners`` and
-        ``source_trusted``; ``knocks`` (secret), and ``timeout`` in seconds.
+        ``source_trusted``; ``knocks``, or ``once`` instead (secret), see :func:`prove`, and ``timeout`` in seconds.
     """
-    return prove(_subject_of(request), parse_knocks(request["knocks"], "knocks", secret=True)).as_result()
+    once = [parse_knocks(knocks, "once", secret=True) for knocks in request.get("once", ())]
+    return prove(_subject_of(request), parse_knocks(request["knocks"], "knocks", secret=True), once).as_result()
 
 
 def _prove_removed(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,14 +160,15 @@ QUESTIONS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 }
 
 
-def prove(subject: Subject, knocks: Sequence[Knock]) -> Proof:
+def prove(subject: Subject, knocks: Sequence[Knock], once: Sequence[Sequence[Knock]] = ()) -> Proof:
     """Look without the knock, then knock and look again.
 
-    :param knocks: the sequence that has to open the gate.
+    :param knocks: the sequence that has to open the gate; empty where that is one of
+    :param once: sequences that open once each, and are used in this order.
     :raises PortknockError: says which look at which address, from where, saw what.
     """
     proof = Proof()
-    reached = _prove_closed(subject, frozenset(knocks), proof)
+    reached = _prove_closed(subject, frozenset(knock for sequence in (knocks, *once) for knock in sequence), proof)
     families: set[int] = set()
     for address in reached:
         if address.family in families or address in subject.trusted:
@@ -170,7 +176,7 @@ def prove(subject: Subject, knocks: Sequence[Knock]) -> Proof:
         families.add(address.family)
         ports = subject.listening["inet6" if address.family == socket.AF_INET6 else "inet"]
         if ports:
-            _prove_open(subject, address, ports[0], knocks, proof)
+            _prove_open(subject, address, ports[0], knocks, once, proof)
         else:
             proof.note(f"Not proved open on {_name(address)}: no service waits on a protected tcp port there.")
     return proof
@@ -270,8 +276,17 @@ def _judge(subject: Subject, address: Address, port: Knock, seen: Probe, closed:
         )
 
 
-def _prove_open(subject: Subject, address: Address, port: int, knocks: Sequence[Knock], proof: Proof) -> None:
-    result = knock_until_open([address.at(port)], knocks, port, subject.timeout)
+def _prove_open(
+    subject: Subject,
+    address: Address,
+    port: int,
+    knocks: Sequence[Knock],
+    once: Sequence[Sequence[Knock]],
+    proof: Proof,
+) -> None:
+    reusable, unsent = [] if once else [knocks], once[proof.sent_once :]
+    result = knock_with_any([address.at(port)], reusable, port, subject.timeout, once=unsent)
+    proof.sent_once += result.sent_once
     if result.state != "open":
         raise PortknockError(
             f"Not opened: port {port}/tcp of {_name(address)}, seen from {_view(address, subject.place)}, showed "

@@ -29,6 +29,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     seconds_since_1970,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import DEFAULT_LENGTH
+from ansible_collections.fleet.portknock.plugins.module_utils._stock import draw
 
 # What became of an operator's sequence in a run of the rotation.
 MADE = "made"
@@ -120,23 +121,34 @@ def begin(
     )
     operators = dict(entry.operators)
     done: dict[str, str] = {}
+    last_id = max(entry.last_id, 0 if state is None else state.last_id)
     for name in scope:
         operator = operators[name]
         done[name] = _reason_to_leave(operator, entry.rotation == rotation) or MADE
-        if done[name] == MADE:
+        if done[name] != MADE:
+            continue
+        if operator.one_time is None or not operator.one_time.wanted:
             operators[name] = replace(operator, next=new.make(), both=True, both_since=None)
+            continue
+        begun = {knocks[0] for kept in operators.values() for knocks in kept.every_sequence}
+        added = draw(
+            operator.one_time.size, last_id, length, protocols, {*nmap_ports, *in_use, *protected}, begun, random
+        )
+        last_id += len(added)
+        operators[name] = replace(operator, one_time=operator.one_time.beside(added), both_since=None)
     if MADE not in done.values():
         return Step(entry, done)
     avoid = frozenset(in_use) or entry.avoid
-    return Step(replace(entry, generation=generation, operators=operators, avoid=avoid, rotation=rotation), done)
+    after = replace(entry, generation=generation, operators=operators, avoid=avoid, rotation=rotation, last_id=last_id)
+    return Step(after, done)
 
 
 def _reason_to_leave(operator: Operator, was_done: bool) -> str | None:
     if operator.revoked is not None or not operator.active:
         return REVOKED
-    if operator.next is not None:
+    if operator.is_between:
         return UNDER_WAY
-    if operator.current.source == GIVEN:
+    if operator.current.source == GIVEN and not operator.opens_once:
         return GIVEN_BY_HAND
     return DONE_BEFORE if was_done else None
 
@@ -151,7 +163,7 @@ def finish(entry: HostSecrets, scope: Sequence[str], *, grace: int, now: str) ->
     ends: list[int] = []
     for name in scope:
         operator = operators[name]
-        if not operator.both or operator.current.source == GIVEN:
+        if not operator.is_rotating:
             continue
         if operator.both_since is None:
             done[name] = UNPROVED

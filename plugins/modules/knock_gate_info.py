@@ -83,6 +83,28 @@ gate:
       description:
         - What tells these secrets from others of the same generation, and gives nothing of them away; V(null) without a gate.
       type: str
+    one_time:
+      description:
+        - The operators that have one-time sequences here, by name; empty without a gate that has any.
+        - A warning says where fewer than a quarter are left. The role makes new ones where fewer than half are.
+      type: dict
+      sample: {alice: {left: 87, armed: 4, known: 100, first: 14}}
+      contains:
+        left:
+          description: How many have not been used, nor lost at a boot.
+          type: int
+        armed:
+          description: How many of these can open now; the others follow as these are used.
+          type: int
+        known:
+          description: How many the gate was made with.
+          type: int
+        first:
+          description: Id of the first that is left.
+          type: int
+    one_time_last:
+      description: The highest id of a one-time sequence that this host knows of; 0 without any.
+      type: int
 openings:
   description:
     - Who opened the gate from where, the latest first, one entry for each operator and source, for as many days as
@@ -169,7 +191,7 @@ import os
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._inspection import inspect_host
+from ansible_collections.fleet.portknock.plugins.module_utils._inspection import inspect_host, one_time_warnings
 
 
 def main() -> None:
@@ -178,7 +200,10 @@ def main() -> None:
         supports_check_mode=True,
     )
     try:
-        module.exit_json(changed=False, **inspect_host(module.params["backend"], os.getppid()))
+        report = inspect_host(module.params["backend"], os.getppid())
+        for warning in one_time_warnings(report):
+            module.warn(warning)
+        module.exit_json(changed=False, **report)
     except PortknockError as exc:
         module.fail_json(msg=str(exc))
 

@@ -154,6 +154,13 @@ options:
     type: list
     elements: str
     default: []
+  one_time:
+    description:
+      - How many one-time sequences each of O(operators) is to have, from 16 to 500; 0 for one reusable sequence.
+      - New ones are made where fewer than half are left by O(host_state), and where O(host_state) says that there is no gate.
+        Those that were used are left out.
+    type: raw
+    default: 0
 seealso:
   - module: fleet.portknock.knock_gate_info
   - module: fleet.portknock.knock_gate
@@ -186,6 +193,11 @@ EXAMPLES = r"""
     state: revoked
     operator: bob
     operators: [alice, bob]
+
+- name: A hundred sequences each, of which every one opens once
+  fleet.portknock.knock_keyring:
+    operators: [alice]
+    one_time: 100
 
 - name: Keep the secrets of a host whose gate was taken away, and mark them
   fleet.portknock.knock_keyring:

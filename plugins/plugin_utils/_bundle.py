@@ -28,9 +28,7 @@ def bundle(operator: str, targets: Iterable[Target]) -> HelperSecrets:
     :raises PortknockError: there is no such host.
     """
     hosts = {
-        target.secrets.host: Access(
-            target.hostname, target.port, tuple(knocks for _name, knocks in target.secrets.candidates(operator))
-        )
+        target.secrets.host: _access(target, operator)
         for target in targets
         if not target.secrets.removed and _may_open(target.secrets, operator)
     }
@@ -40,6 +38,16 @@ def bundle(operator: str, targets: Iterable[Target]) -> HelperSecrets:
             "sequence on none."
         )
     return HelperSecrets(operator, hosts)
+
+
+def _access(target: Target, operator: str) -> Access:
+    reusable = tuple(knocks for _name, knocks in target.secrets.candidates(operator))
+    once = {
+        identity: knocks for _name, group in target.secrets.one_time(operator) for identity, knocks in group.items()
+    }
+    if not once:
+        return Access(target.hostname, target.port, reusable)
+    return Access(target.hostname, target.port, reusable, once, target.secrets.stamp)
 
 
 def _may_open(secrets: HostSecrets, operator: str) -> bool:

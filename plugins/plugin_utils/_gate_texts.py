@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, build_model
-from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets, plan_secrets, utc_now
+from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
+    HostSecrets,
+    plan_secrets,
+    read_host_state,
+    utc_now,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import parse_knocks
 from ansible_collections.fleet.portknock.plugins.plugin_utils._rendering import render
 
@@ -58,6 +63,9 @@ def with_throwaway_secrets(
         now=utc_now(),
         protected={*settings.protected_tcp, *settings.protected_udp},
         in_use={knock.port for knock in in_use},
+        one_time=settings.one_time,
+        state=read_host_state(found["gate"]) if settings.one_time else None,
+        is_bare=found["gate"]["present"] is False,
     ).secrets
 
 

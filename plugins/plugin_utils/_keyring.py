@@ -8,6 +8,7 @@ A folder of files::
     rotations.json   the rotations that have not come to their end, no secret
     .lock            held by whoever writes
     web1.yml         the secrets of web1, in the shape of module_utils/_keyring.py
+    .web1.used       which of its one-time sequences this user has used, no secret; see module_utils/_usage.py
 
 Decrypted data is in no error text, no log and no variable of a task.
 """
@@ -35,6 +36,7 @@ from ansible.parsing.vault import AnsibleVaultError, VaultLib, VaultSecretsConte
 from ansible_collections.fleet.portknock.plugins.doc_fragments.keyring import ModuleDocFragment
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets
+from ansible_collections.fleet.portknock.plugins.module_utils._usage import Usage
 
 DEFAULT_FOLDER = "knock_keyring"
 _IDENTITY_FILE = "keyring.json"
@@ -138,6 +140,14 @@ class Keyring:
         name = quote(host, safe="")
         # No leading dot: the folder's own files have one.
         return self.directory / f"{'%2E' + name[1:] if name.startswith('.') else name}.yml"
+
+    def usage(self, entry: HostSecrets) -> Usage:
+        """Which of a host's one-time sequences are known to be used: beside its file, in one that Ansible passes by."""
+        return Usage(str(self._usage_path(entry.host)), entry.stamp)
+
+    def _usage_path(self, host: str) -> Path:
+        path = self.path(host)
+        return path.with_name(f".{path.stem}.used")
 
     def load(self, host: str) -> HostSecrets | None:
         """Return what is kept of a host; None where there is nothing.
@@ -301,6 +311,7 @@ class Keyring:
             return False
         if not dry_run:
             with self._locked(), self._reported("delete", self.path(host)):
+                self._usage_path(host).unlink(missing_ok=True)
                 self.path(host).unlink(missing_ok=True)
                 _sync_directory(self.directory)
         return True

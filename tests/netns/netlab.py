@@ -289,6 +289,7 @@ class Lab:
         probe: Optional[Mapping[str, object]] = None,
         avoid: frozenset[int] = frozenset(),
         validity: Optional[Mapping[str, tuple[int, int]]] = None,
+        one_time: Optional[Mapping[str, Mapping[int, Sequence[Knock]]]] = None,
         **options: object,
     ) -> tuple[str, dict[str, Any]]:
         """The role's template with a real model, and the model.
@@ -301,7 +302,11 @@ class Lab:
             name: Honoured(number, several, **times.get(name, {}))
             for number, (name, several) in enumerate((sequences or {"default": [SEQUENCE]}).items(), start=1)
         }
-        model = build_model(settings, operators, SEED, avoid, probe or {"socket_wildcard": True})
+        if one_time is not None:
+            operators = {
+                name: Honoured(number, [], one_time=stock) for number, (name, stock) in enumerate(one_time.items(), 1)
+            }
+        model = build_model(settings, operators, SEED, avoid, probe or {"socket_wildcard": True, "one_time": True})
         environment = jinja2.Environment(
             trim_blocks=True,
             keep_trailing_newline=True,

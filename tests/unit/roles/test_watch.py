@@ -153,7 +153,68 @@ def test_names_are_those_of_the_collection(watch: ModuleType) -> None:
     pristine = SOURCE.read_text()
     assert f'GATE = "{Nftables.files["gate"].path}"' in pristine
     assert f'LOADER = "{Nftables.files["load"].path}"' in pristine
+    assert f'STOCK = "{Nftables.files["stock"].path}"' in pristine
     assert f'LOCK = "{RUN_FOLDER}/lock"' in pristine
     assert f'TRIAL = "{RUN_FOLDER}/trial"' in pristine
     assert f'TABLE = "{TABLE}"' in pristine
     assert f'SEARCH_PATH = "{SEARCH_PATH}"' in pristine
+
+
+class Stock:
+    """The kernel's count of what has opened, and the program that arms, as far as the watch sees them."""
+
+    def __init__(self, watch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.burnt: int | None = 0
+        self.code = 0
+        self.asked: list[str] = []
+        monkeypatch.setattr(watch, "count_burnt", lambda: self.burnt)
+        monkeypatch.setattr(watch, "_run", self._run)
+
+    def _run(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        self.asked.append(argv[-1])
+        return subprocess.CompletedProcess(argv, self.code, "", "<2>No space.\n" if self.code else "")
+
+
+def test_what_has_opened_is_made_up_for(
+    watch: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock, one_time = Stock(watch, monkeypatch), watch.OneTime()
+    assert one_time.look() == watch.ONE_TIME_SECONDS
+    assert one_time.look() == watch.ONE_TIME_SECONDS
+    assert stock.asked == ["arm"]
+    stock.burnt = 1
+    one_time.look()
+    one_time.look()
+    assert stock.asked == ["arm", "arm"]
+    one_time.look("renew")
+    assert stock.asked == ["arm", "arm", "renew"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_gate_without_one_time_sequences_is_not_asked_again(
+    watch: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, one_time = Stock(watch, monkeypatch), watch.OneTime()
+    stock.burnt = None
+    assert one_time.look() is None
+    assert one_time.look("renew") is None
+    assert stock.asked == []
+    # A gate that has them comes as a change, which the kernel tells.
+    stock.burnt = 0
+    assert one_time.look() == watch.ONE_TIME_SECONDS
+    assert stock.asked == ["arm"]
+
+
+def test_what_can_t_be_armed_is_tried_again_and_told_once(
+    watch: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock, one_time = Stock(watch, monkeypatch), watch.OneTime()
+    stock.code = 1
+    assert one_time.look() == watch.ONE_TIME_RETRY_SECONDS
+    assert one_time.look() == watch.ONE_TIME_RETRY_SECONDS
+    assert stock.asked == ["arm", "arm"]
+    assert capsys.readouterr().err == "<2>No space.\n"
+    stock.code = 0
+    assert one_time.look() == watch.ONE_TIME_SECONDS
+    assert one_time.look() == watch.ONE_TIME_SECONDS
+    assert stock.asked == ["arm"] * 3

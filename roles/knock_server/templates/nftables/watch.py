@@ -3,7 +3,8 @@
 """Brings the gate back when another program takes its table away, and says so in the journal.
 
 Runs on the host as fleet-portknock-watch.service, with Python's standard library alone. The kernel tells every change of
-its tables; between changes this process sleeps.
+its tables; between changes this process sleeps. What packets do to a set it does not tell: a gate with one-time sequences is
+asked twice a second how many have opened.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Iterator, NamedTuple, Optional
 TABLE = "fleet_portknock"
 GATE = "/etc/fleet-portknock/gate.nft"
 LOADER = "/etc/fleet-portknock/load.sh"
+STOCK = "/etc/fleet-portknock/stock.py"
 LOCK = "/run/fleet-portknock/lock"
 TRIAL = "/run/fleet-portknock/trial"
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -32,6 +34,11 @@ RETRY_SECONDS = 1.0
 # How long the kernel may take to say who changed its tables; it does so at once.
 NAME_SECONDS = 0.05
 PROGRAM_SECONDS = 30
+# How often to ask what has opened, how soon to try again where nothing could be armed, and how long the kernel may take to
+# answer; it does so at once.
+ONE_TIME_SECONDS = 0.5
+ONE_TIME_RETRY_SECONDS = 10.0
+ANSWER_SECONDS = 5.0
 
 # linux/netlink.h, linux/netfilter/nfnetlink.h and linux/netfilter/nf_tables.h
 _NETLINK_NETFILTER = 12
@@ -40,14 +47,25 @@ _NETLINK_ADD_MEMBERSHIP = 1
 _NFNLGRP_NFTABLES = 7
 _NFNL_SUBSYS_NFTABLES = 10
 _NFT_MSG_DELTABLE = _NFNL_SUBSYS_NFTABLES << 8 | 2
+_NFT_MSG_NEWSETELEM = _NFNL_SUBSYS_NFTABLES << 8 | 12
+_NFT_MSG_GETSETELEM = _NFNL_SUBSYS_NFTABLES << 8 | 13
 _NFT_MSG_NEWGEN = _NFNL_SUBSYS_NFTABLES << 8 | 15
 _NFTA_TABLE_NAME = 1
+_NFTA_SET_ELEM_LIST_TABLE = 1
+_NFTA_SET_ELEM_LIST_SET = 2
+_NFTA_SET_ELEM_LIST_ELEMENTS = 3
 _NFTA_GEN_PROC_PID = 2
 _NFTA_GEN_PROC_NAME = 3
 _ATTRIBUTE_TYPE = 0x3FFF
 _MESSAGE_HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE_HEADER = struct.Struct("=HH")
 _FAMILY_HEADER_SIZE = 4
+_FAMILY_HEADER = struct.Struct("=BBH")
+_FAMILY_INET = 1
+_NLM_F_REQUEST = 1
+_NLM_F_DUMP = 0x300
+_NLMSG_ERROR = 2
+_NLMSG_DONE = 3
 # Asked for beyond the administrator's limit: a ruleset with large sets is told element by element.
 _SO_RCVBUFFORCE = 33
 _BUFFER_SIZE = 4 << 20
@@ -110,6 +128,61 @@ def subscribe() -> socket.socket:
     channel.bind((0, 0))
     channel.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
     return channel
+
+
+def count_burnt() -> Optional[int]:
+    """How many one-time sequences have opened since the table was made; None where the gate has none."""
+    attributes = b"".join(
+        _ATTRIBUTE_HEADER.pack(_ATTRIBUTE_HEADER.size + len(value), kind).ljust(4)
+        + value.ljust(_aligned(len(value)), b"\0")
+        for kind, value in ((_NFTA_SET_ELEM_LIST_TABLE, TABLE.encode() + b"\0"), (_NFTA_SET_ELEM_LIST_SET, b"burnt\0"))
+    )
+    body = _FAMILY_HEADER.pack(_FAMILY_INET, 0, 0) + attributes
+    header = _MESSAGE_HEADER.pack(
+        _MESSAGE_HEADER.size + len(body), _NFT_MSG_GETSETELEM, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0
+    )
+    count = 0
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as channel:
+        channel.settimeout(ANSWER_SECONDS)
+        channel.send(header + body)
+        while True:
+            for kind, found in _messages(channel.recv(_DATAGRAM_SIZE)):
+                if kind == _NLMSG_ERROR:
+                    return None
+                if kind == _NLMSG_DONE:
+                    return count
+                if kind == _NFT_MSG_NEWSETELEM:
+                    count += sum(1 for _element in _attributes(found.get(_NFTA_SET_ELEM_LIST_ELEMENTS, b"")))
+
+
+class OneTime:
+    """Sees to it that one-time sequences are armed where others have been used."""
+
+    def __init__(self) -> None:
+        self._known: Optional[int] = None
+        self._failed = False
+
+    def look(self, command: str = "arm") -> Optional[float]:
+        """Look, and let ``stock.py`` do its work where something has opened, or where that has not worked yet.
+
+        :param command: what it is to do: ``renew`` where another program may have loaded what it once listed.
+        :returns: the seconds after which to look again; None where the gate has no such sequences.
+        """
+        try:
+            burnt = count_burnt()
+        except OSError:
+            return ONE_TIME_RETRY_SECONDS
+        if burnt is None:
+            self._known = None
+            return None
+        if burnt != self._known or self._failed or command != "arm":
+            done = _run(sys.executable, "-I", "-S", STOCK, command)
+            has_failed = done is None or done.returncode != 0
+            if has_failed and not self._failed:
+                sys.stderr.write(done.stderr if done else "<2>The one-time sequences can't be armed.\n")
+            self._failed = has_failed
+        self._known = burnt
+        return ONE_TIME_RETRY_SECONDS if self._failed else ONE_TIME_SECONDS
 
 
 def is_loaded() -> Optional[bool]:
@@ -227,8 +300,10 @@ def main() -> None:
     channel = subscribe()
     _tell_ready()
     is_well = bring_back("The gate was missing when the watch began")
+    one_time = OneTime()
+    pause = one_time.look()
     while True:
-        channel.settimeout(None if is_well else RETRY_SECONDS)
+        channel.settimeout(pause if is_well else RETRY_SECONDS)
         reason = ""
         try:
             change = read_change(channel.recv(_DATAGRAM_SIZE))
@@ -242,6 +317,8 @@ def main() -> None:
             reason = "The gate was taken away, in more changes than could be followed"
         if reason or not is_well:
             is_well = bring_back(reason)
+        # A table that is there again may be a copy, with sequences armed that have opened since.
+        pause = one_time.look("renew" if reason else "arm")
 
 
 if __name__ == "__main__":

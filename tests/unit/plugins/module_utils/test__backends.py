@@ -116,3 +116,67 @@ def test_what_is_missing_is_named() -> None:
 def test_unknown_back_end() -> None:
     with pytest.raises(PortknockError, match=r"^knock_server_backend: expected one of nftables; got 'pf'\.$"):
         back_end("pf")
+
+
+ONE_TIME = TEXT.replace(
+    "\n}\n",
+    "\n  # Operator a with one-time sequences: alice\n  # Operator 1f with one-time sequences: b.ob\n"
+    "  set armed {\n    type classid\n  }\n  set burnt {\n    type classid\n    flags dynamic\n    size 65535\n  }\n}\n",
+)
+
+
+def with_sets(*names: str) -> dict[str, Any]:
+    sets = [{"set": {"name": name, "type": "classid", "elem": ["7:1"]}} for name in names]
+    return {"nftables": [*LISTING["nftables"], *sets]}
+
+
+def test_what_may_open_once_and_what_has_stay_together() -> None:
+    """One without the other would let something open again."""
+    for names, text, gone in (
+        (("armed", "burnt"), ONE_TIME, []),
+        (("armed",), ONE_TIME, ["armed"]),
+        (("burnt",), ONE_TIME, ["burnt"]),
+        (("armed", "burnt"), TEXT, ["armed", "burnt"]),
+    ):
+        nft = Nft(FINE)
+        Nftables(nft).load(text, with_sets(*names))
+        asked = str(nft.asked[0])
+        assert [name for name in names if f"delete set inet fleet_portknock {name}\n" in asked] == gone
+
+
+def test_a_table_made_anew_arms_nothing() -> None:
+    nft = Nft(CRASHED, FINE)
+    Nftables(nft).load(ONE_TIME, with_sets("armed", "burnt"))
+    assert "add element inet fleet_portknock armed" not in str(nft.asked[1])
+
+
+def test_the_gate_s_own_program_arms() -> None:
+    nft = Nft(FINE)
+    Nftables(nft).arm({"gate": ONE_TIME, "stock": "the program"})
+    assert nft.asked == ["the program"]
+    Nftables(Nft()).arm({"gate": TEXT, "stock": "the program"})
+    with pytest.raises(PortknockError, match=r"^The one-time sequences can't be armed: no space\.$"):
+        Nftables(Nft(Completed(1, "", "<2>no space.\n"))).arm({"gate": ONE_TIME, "stock": "the program"})
+
+
+def test_a_kernel_s_rules_are_kept_without_what_is_armed() -> None:
+    listed = (
+        "table inet fleet_portknock {\n\tset armed {\n\t\ttype classid\n\t\telements = { 7:1, 7:2,\n\t\t\t     7:3 }\n\t}\n"
+        "\tset burnt {\n\t\ttype classid\n\t\telements = { 7:1 quota 87 bytes }\n\t}\n}\n"
+    )
+    kept = Nftables(Nft(Completed(0, listed, ""))).kernel_text()
+    assert kept == (
+        "table inet fleet_portknock {\n\tset armed {\n\t\ttype classid\n\t}\n"
+        "\tset burnt {\n\t\ttype classid\n\t\telements = { 7:1 quota 87 bytes }\n\t}\n}\n"
+    )
+
+
+def test_operators_of_one_time_sequences_have_their_names_in_the_rules() -> None:
+    assert Nftables(Nft()).one_time_operators(ONE_TIME) == {"10": "alice", "31": "b.ob"}
+    assert Nftables(Nft()).one_time_operators(TEXT) == {}
+
+
+@pytest.mark.parametrize("answer", [Completed(1, "", "<2>why"), Completed(0, "junk", ""), Completed(0, "[]", "")])
+def test_a_stock_that_can_t_be_counted(answer: Completed) -> None:
+    assert Nftables(Nft(answer)).stock() == {}
+    assert Nftables(Nft(Completed(0, '{"operators": {}, "last": 7}\n', ""))).stock() == {"operators": {}, "last": 7}

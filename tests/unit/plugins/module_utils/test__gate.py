@@ -167,6 +167,7 @@ def test_the_model_is_plain_and_repeats_itself() -> None:
             "look_udp",
             "max_sources",
             "max_windows",
+            "one_time",
             "open_window",
         ),
         *(
@@ -320,3 +321,37 @@ def test_loose_warning() -> None:
         "knock_server_guard: loose ignores wrong ports, so one sweep over all ports in random order opens a sequence of 4 "
         "knocks in about 1 of 24 cases, and 4 sweeps open any; tripwires or strict make that practically impossible."
     )
+
+
+def test_one_time_sequences_end_in_states_of_their_own() -> None:
+    operators = {
+        "bob": Honoured(3, [], one_time={17: (D, E, F)}),
+        "alice": Honoured(1, [], one_time={255: (A, B, C)}),
+    }
+    made: Any = build_model(GateSettings((22,), ()), operators, SEED, frozenset(), {"one_time": True})
+    assert made["one_time"] == [{"id": "ff", "number": "1"}, {"id": "11", "number": "3"}]
+    lasts = {step["port"]: step["next"] for step in made["steps"] if step["next"].startswith("7:")}
+    assert lasts == {C.port: "7:ff", F.port: "7:11"}
+    assert not any(step["next"].startswith("2:") for step in made["steps"])
+    assert not {A.port, B.port, C.port, D.port, E.port, F.port} & set(made["tripwires"])
+
+
+def test_a_host_that_can_t_use_a_sequence_up() -> None:
+    operators = {"alice": Honoured(1, [], one_time={1: (A, B, C)})}
+    with pytest.raises(PortknockError, match=r"^knock_server_one_time: expected a host whose nft and kernel can count"):
+        build_model(GateSettings((22,), ()), operators, SEED, frozenset(), {"one_time": False})
+
+
+def test_more_states_than_the_kernel_s_register_holds() -> None:
+    many = {
+        number: tuple(Knock(1024 + number + step, "tcp") for step in (0, 30000, 31000)) for number in range(1, 32769)
+    }
+    with pytest.raises(PortknockError, match=r"knock_server_one_time: expected at most 65535 knocks in all") as caught:
+        build_model(
+            GateSettings((22,), (), guard="loose"),
+            {"a": Honoured(1, [], one_time=many)},
+            SEED,
+            frozenset(),
+            {"one_time": True},
+        )
+    assert "got 65536." in str(caught.value)

@@ -66,9 +66,9 @@ def test_the_format_is_as_documented() -> None:
         ("[]", "a mapping of format, hosts, operator as the content"),
         (written(operator=None), "a mapping of format, hosts, operator as the content"),
         (written(more="11111/tcp"), "a mapping of format, hosts, operator as the content"),
-        (written(format=0), "1 as format"),
-        (written(format=True), "1 as format"),
-        (written(format="11111"), "1 as format"),
+        (written(format=0), "1 or 2 as format"),
+        (written(format=True), "1 or 2 as format"),
+        (written(format="11111"), "1 or 2 as format"),
         (written(operator=11111), "a name as operator"),
         (written(operator="alice\n"), "a name as operator"),
         (written(hosts=["11111/tcp"]), "a mapping from the names of hosts as hosts"),
@@ -110,9 +110,9 @@ def test_damaged(content: object, place: str) -> None:
 
 def test_a_newer_format() -> None:
     with pytest.raises(
-        PortknockError, match=r"expected a file of format 1; got one of a newer format\. Use the helper"
+        PortknockError, match=r"expected a file of format 2 or before; got one of a newer format\. Use the helper"
     ):
-        parse_secrets('{"format": 2, "hosts": "unknown"}', "FILE")
+        parse_secrets('{"format": 3, "hosts": "unknown"}', "FILE")
 
 
 @pytest.mark.parametrize(

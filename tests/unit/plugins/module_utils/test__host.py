@@ -46,6 +46,7 @@ class FileBackend:
         self.kernel = kernel
         self.refuses = ""
         self.forgot = 0
+        self.armed: list[str] = []
 
     def version(self) -> str:
         return self.installed
@@ -78,6 +79,12 @@ class FileBackend:
     def forgetting(self, text: str) -> str:
         self.forgot += 1
         return text
+
+    def arm(self, texts: Mapping[str, str]) -> None:
+        self.armed.append(self.kernel.read_text())
+
+    def arm_command(self, root: str) -> str:
+        return f"cat {shlex.quote(str(self.kernel))} >> {shlex.quote(f'{self.kernel}.armed')} || :"
 
     def unload(self) -> None:
         self.kernel.unlink(missing_ok=True)
@@ -167,6 +174,19 @@ def host(tmp_path: Path, backend: FileBackend, systemd: Systemd) -> GateHost:
 def apply(host: GateHost, wanted: Wanted) -> None:
     with host.trial.turn("aa"):
         host.apply(wanted, host.inspect(), "aa", 3600)
+
+
+def test_one_time_sequences_are_armed_for_the_trial_and_after_the_way_back(
+    host: GateHost, backend: FileBackend, tmp_path: Path
+) -> None:
+    """Each load leaves a kernel in which nothing is armed, or not what the gate on trial needs."""
+    apply(host, WANTED)
+    confirm(host, WANTED)
+    apply(host, NEWER)
+    assert backend.armed == ["the gate\n", "another gate\n"]
+    host.trial.restore("aa")
+    assert (tmp_path / "kernel").read_text() == "the gate\n"
+    assert (tmp_path / "kernel.armed").read_text() == "the gate\n"
 
 
 def confirm(host: GateHost, wanted: Wanted) -> None:

@@ -5,16 +5,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
+from ansible_collections.fleet.portknock.plugins.module_utils import _knocking
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     Address,
+    KnockResult,
     Probe,
     knock_and_connect,
     knock_until_open,
@@ -330,3 +334,66 @@ def test_resolve() -> None:
 def test_resolve_says_what_is_wrong(host: str, family: str, message: str) -> None:
     with pytest.raises(PortknockError, match=rf"\A{message}\Z"):
         resolve(host, 22, family)
+
+
+def sent_knocks(
+    monkeypatch: pytest.MonkeyPatch, opens: int, **arguments: Any
+) -> tuple[KnockResult, list[tuple[str, int, float]]]:
+    """Knock at a gate that opens for one sequence of those that open once: how it went, and what was sent to whom."""
+    sent: list[tuple[str, int, float]] = []
+
+    def send(address: Address, knocks: Sequence[Knock], gap: float, _source: str | None) -> None:
+        sent.append((address.host, knocks[0].port, gap))
+
+    def poll(_connects: object, attempt: Any, _port: int, _until: float) -> Any:
+        if sent[-1][1] == opens:
+            return attempt, Probe("open"), socket.socket()
+        return None, Probe("reset", "ECONNREFUSED"), None
+
+    monkeypatch.setattr(_knocking, "send", send)
+    monkeypatch.setattr(_knocking, "_poll", poll)
+    monkeypatch.setattr(_knocking._Connects, "hand_over", lambda *_arguments: None)
+    addresses = [Address(socket.AF_INET, (host, 22)) for host in arguments.pop("hosts", ["127.0.0.1"])]
+    once = [[Knock(4000 + number, "tcp")] for number in range(1, 9)]
+    return knock_with_any(addresses, arguments.pop("sequences", []), 22, 10, once=once, **arguments), sent
+
+
+def test_of_those_that_open_once_each_is_sent_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, sent = sent_knocks(monkeypatch, opens=4004)
+    assert [port for _host, port, _gap in sent] == [4001, 4001, 4002, 4003, 4004]
+    # With growing gaps, in case the first was only overtaken on its way.
+    assert [gap for _host, _port, gap in sent][:2] == [0.0, 0.02]
+    assert (result.state, result.sequence, result.sent_once) == ("open", 3, 4)
+
+
+def test_none_is_sent_again_after_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, sent = sent_knocks(monkeypatch, opens=0)
+    ports = [port for _host, port, _gap in sent]
+    assert ports == sorted(ports)
+    assert (result.state, result.sequence, result.sent_once) == ("reset", -1, 8)
+
+
+def test_reusable_ones_come_first_and_again_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They give nothing away that the gate might still honour."""
+    result, sent = sent_knocks(monkeypatch, opens=4002, sequences=[[Knock(3001, "tcp")]])
+    assert [port for _host, port, _gap in sent] == [3001, 4001, 4001, 4002]
+    assert (result.sequence, result.sent_once) == (2, 2)
+
+
+def test_each_address_has_its_turn_to_be_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that one where a sequence opens what can't be connected to does not use up all of them."""
+    _result, sent = sent_knocks(monkeypatch, opens=0, hosts=["127.0.0.1", "127.0.0.2"])
+    firsts: dict[int, str] = {}
+    for host, port, _gap in sent:
+        firsts.setdefault(port, host)
+    assert [firsts[port] for port in (4001, 4002, 4003)] == ["127.0.0.1", "127.0.0.2", "127.0.0.1"]
+
+
+def test_what_could_not_be_sent_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(*_arguments: object) -> None:
+        raise OSError(errno.ENETUNREACH, "no")
+
+    monkeypatch.setattr(_knocking, "send", send)
+    address = Address(socket.AF_INET, ("127.0.0.1", 22))
+    result = knock_with_any([address], [], 22, 600, once=[[Knock(4001, "tcp")], [Knock(4002, "tcp")]])
+    assert (result.state, result.sent_once, result.attempts) == ("unreachable", 0, 1)

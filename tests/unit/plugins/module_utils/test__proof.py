@@ -74,15 +74,23 @@ class Network:
         self.knocked: list[tuple[str, Sequence[Knock]]] = []
         monkeypatch.setattr(_proof, "_LOOKS", {"tcp": self.look, "udp": self.look})
         monkeypatch.setattr(_proof, "probe", self.look)
-        monkeypatch.setattr(_proof, "knock_until_open", self.knock)
+        monkeypatch.setattr(_proof, "knock_with_any", self.knock)
 
     def look(self, address: Address, _timeout: float) -> Probe:
         return self.seen.get((address.host, address.port), self.otherwise)
 
-    def knock(self, addresses: Sequence[Address], knocks: Sequence[Knock], port: int, _timeout: float) -> KnockResult:
-        self.knocked.append((addresses[0].host, knocks))
+    def knock(
+        self,
+        addresses: Sequence[Address],
+        sequences: Sequence[Sequence[Knock]],
+        port: int,
+        _timeout: float,
+        once: Sequence[Sequence[Knock]],
+    ) -> KnockResult:
+        self.knocked.append((addresses[0].host, (*sequences, *once)[0]))
         state = "open" if self.opens else "reset"
-        return KnockResult(state, addresses[0].at(port), 0.002, 1, 0.0, 0 if self.opens else -1)
+        sent_once = 1 if once else 0
+        return KnockResult(state, addresses[0].at(port), 0.002, 1, 0.0, 0 if self.opens else -1, sent_once=sent_once)
 
 
 @pytest.fixture
@@ -165,3 +173,14 @@ def test_a_removal(network: Network) -> None:
 def test_families_travel_by_name() -> None:
     assert _proof.packed_addresses("::1", SSH, "inet6") == [["inet6", "::1", SSH, 0, 0]]
     assert _proof._unpacked(["inet6", "::1", SSH, 0, 0]) == Address(socket.AF_INET6, ("::1", SSH, 0, 0))
+
+
+def test_each_family_uses_a_sequence_of_its_own_where_each_opens_once(network: Network) -> None:
+    once = [KNOCKS, KNOCKS[::-1], KNOCKS[1:]]
+    addresses = [["inet", HOST, SSH], ["inet6", "::2", SSH, 0, 0]]
+    answered = ask("prove", request(knocks=[], once=once, addresses=addresses))
+    assert [(host, [str(knock) for knock in knocks]) for host, knocks in network.knocked] == [
+        (HOST, once[0]),
+        ("::2", once[1]),
+    ]
+    assert answered["sent_once"] == 2

@@ -297,15 +297,16 @@ class Lab:
         :param validity: from when and until when operators may knock, in seconds since 1970.
         """
         settings = settings_from({"protected_ports": ["22/tcp", "51820/udp"], "tripwires": 200, **options})
-        times = {name: {"valid_from": begin, "valid_until": end} for name, (begin, end) in (validity or {}).items()}
         operators = {
-            name: Honoured(number, several, **times.get(name, {}))
+            name: Honoured(number, several)
             for number, (name, several) in enumerate((sequences or {"default": [SEQUENCE]}).items(), start=1)
         }
         if one_time is not None:
             operators = {
                 name: Honoured(number, [], one_time=stock) for number, (name, stock) in enumerate(one_time.items(), 1)
             }
+        for name, (begin, end) in (validity or {}).items():
+            operators[name] = operators[name]._replace(valid_from=begin, valid_until=end)
         model = build_model(settings, operators, SEED, avoid, probe or {"socket_wildcard": True, "one_time": True})
         environment = jinja2.Environment(
             trim_blocks=True,

@@ -441,9 +441,9 @@ def _sender(lab: Lab, shared: mmap.mmap, own: int, frames: list[bytes], processo
     if child:
         return child
     status = 1
+    mine, other = struct.Struct("=q"), 8 * (1 - own)
     try:
         os.sched_setaffinity(0, {processor})
-        mine, other = struct.Struct("=q"), 8 * (1 - own)
         for number, frame in enumerate(frames, 1):
             mine.pack_into(shared, 8 * own, number)
             turns = 0
@@ -454,4 +454,6 @@ def _sender(lab: Lab, shared: mmap.mmap, own: int, frames: list[bytes], processo
             lab.wire.socket.send(frame)
         status = 0
     finally:
+        # Whatever happened, the other one waits for this one no more.
+        mine.pack_into(shared, 8 * own, len(frames))
         os._exit(status)

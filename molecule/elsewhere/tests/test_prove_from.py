@@ -61,9 +61,10 @@ def site(fleet: Fleet, *arguments: str, playbook: str = "site", **more: object) 
 
 def proof(run: Run) -> dict[str, Any]:
     assert run.status == 0, run.output
-    _before, found, rest = run.output.partition('"proof": ')
+    # An option has the same name, and a text.
+    _before, found, rest = run.output.partition('"proof": {')
     assert found, run.output
-    seen: dict[str, Any] = json.JSONDecoder().raw_decode(rest)[0]
+    seen: dict[str, Any] = json.JSONDecoder().raw_decode("{" + rest)[0]
     return seen
 
 

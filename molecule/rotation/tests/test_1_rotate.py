@@ -15,6 +15,7 @@ from lab import SSH, Fleet, wait_until
 from sequences_in_use import ROTATE, SITE, changed, down, judge, leaks, put_up_gates, rotate, sequences
 
 TRIAL = "/run/fleet-portknock/trial"
+OPENING = "    update @open{{ name }} "
 LATER = {"knock_server_grace": "7d"}
 
 
@@ -166,8 +167,8 @@ def broken_templates(fleet: Fleet) -> Path:
     subprocess.run(["cp", "-r", str(role), str(folder)], check=True)
     gate = folder / "nftables/gate.nft.j2"
     text = gate.read_text()
-    assert text.count("    update @open") == 1
-    gate.write_text(text.replace("    update @open", "    # update @open"))
+    assert text.count(OPENING) == 1
+    gate.write_text(text.replace(OPENING, f"#{OPENING}"))
     return folder
 
 

@@ -143,7 +143,7 @@ def test_script_of_an_earlier_run_leaves_a_later_trial_alone(trial: Trial, state
 
 
 def test_way_back_waits_for_a_confirmation_under_way(trial: Trial, state: Path) -> None:
-    begin(trial, state)
+    begin(trial, state, seconds=60)
     with trial.lock():
         script = subprocess.Popen(["sh", trial.path("restore-aa.sh")])
         with pytest.raises(subprocess.TimeoutExpired):

@@ -66,7 +66,7 @@ PROTECTIONS: tuple[Protection, ...] = (
 """,
                 """\
         write_text(self.trial.path("loaded"), _as_text(self._digests()), 0o600)
-        write_text(self._gate, self._boot_text(wanted, self._digests(), run), 0o600)
+        write_text(self._gate, self._boot_text(wanted, self._digests(), run, {}), 0o600)
 """,
             ),
         ),
@@ -117,6 +117,12 @@ PROTECTIONS: tuple[Protection, ...] = (
                 _TRIAL,
                 "        except BaseException as exc:\n            self._disarm(armed)\n",
                 "        except BaseException as exc:\n            self._disarm(armed)\n            return\n",
+            ),
+            # It fails, too, where the disk is full, and nothing is loaded then.
+            Cut(
+                _HOST,
+                '        write_text(self.trial.path("names"), _as_text(_names(found.state, wanted)), 0o600)\n',
+                "",
             ),
         ),
     ),

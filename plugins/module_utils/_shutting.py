@@ -34,7 +34,8 @@ def find(
 ) -> Targets:
     """What these operators opened, by the gate's records, as far as it is still there.
 
-    A window that no record tells of counts as theirs: closing it costs somebody a knock.
+    A window is theirs where nobody else has knocked from there since; one that no record tells of counts as theirs, too:
+    closing it costs somebody a knock.
 
     :param numbers: the operators', on this host.
     :param ports: the protected tcp ports.
@@ -43,7 +44,6 @@ def find(
     listing = enforcer.listing() or {}
     records = enforcer.openings(listing)
     theirs = {record.source for record in records if int(record.number, 16) in numbers}
-    known = {record.source for record in records}
     spared = frozenset(spare)
     sessions, notes = [], []
     by_address: dict[str, list[Source]] = {}
@@ -58,8 +58,13 @@ def find(
             else:
                 sessions.append((session, source))
             break
+    # Whoever opened last, it is their window: this run's own knock, for one, comes from where proofs have come from.
+    last: dict[Source, tuple[int, bool]] = {}
+    for record in records:
+        opened = (record.ago, int(record.number, 16) not in numbers)
+        last[record.source] = min(opened, last.get(record.source, opened))
     windows = sorted(
-        (source for source in enforcer.windows(listing) if source in theirs or source not in known), key=str
+        (source for source in enforcer.windows(listing) if source not in last or not last[source][1]), key=str
     )
     return Targets(tuple(windows), tuple(sessions), tuple(dict.fromkeys(notes)))
 

@@ -19,12 +19,16 @@ from ansible_collections.fleet.portknock.plugins.module_utils._system import Com
 
 ALICES, BOBS, BOTHS = Source("192.0.2.1"), Source("2001:db8::2"), Source("192.0.2.3")
 UNKNOWN, LOCAL = Source("192.0.2.4"), Source("fe80::5", "eth0")
+# Where bob has knocked, and alice after him.
+SINCE = Source("192.0.2.6")
 RECORDS = [
     Opening("1", ALICES, 5, 1),
     Opening("1a", BOBS, 5, 1),
     Opening("1a", BOTHS, 5, 1),
     Opening("1", BOTHS, 5, 1),
     Opening("1a", LOCAL, 5, None),
+    Opening("1a", SINCE, 9, 4),
+    Opening("1", SINCE, 8, 1),
 ]
 BOB = frozenset((0x1A,))
 SSH = frozenset((22,))
@@ -94,13 +98,13 @@ def sessions(*sources: Source) -> list[Session]:
 
 
 def test_what_is_theirs(tmp_path: Path) -> None:
-    enforcer = Enforcer({ALICES, BOBS, BOTHS, UNKNOWN, LOCAL})
+    enforcer = Enforcer({ALICES, BOBS, BOTHS, UNKNOWN, LOCAL, SINCE})
     alice, bob, both, other_port = *sessions(ALICES, BOBS, BOTHS), Session(80, BOBS.address, 50000)
     kernel = Kernel(tmp_path, alice, bob, both, other_port)
     found = find(enforcer, BOB, SSH, (), kernel, kernel.proc)  # type: ignore[arg-type]
     assert set(found.windows) == {BOBS, BOTHS, LOCAL, UNKNOWN}
     assert set(found.sessions) == {(bob, BOBS), (both, BOTHS)}
-    assert enforcer.open == {ALICES, BOBS, BOTHS, UNKNOWN, LOCAL}
+    assert enforcer.open == {ALICES, BOBS, BOTHS, UNKNOWN, LOCAL, SINCE}
 
 
 def test_nothing_but_theirs_ends(tmp_path: Path) -> None:

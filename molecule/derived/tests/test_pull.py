@@ -66,7 +66,7 @@ class Pulling(Deriving):
             "site.yml": json.dumps([{"import_playbook": SITE}]),
             "remove.yml": json.dumps([{"import_playbook": "fleet.portknock.remove"}]),
         }.items():
-            self.run(f"mkdir -p $(dirname /srv/work/{name}); cat >/srv/work/{name}", text.encode())
+            self.run(f"mkdir -p $(dirname /srv/pulled/{name}); cat >/srv/pulled/{name}", text.encode())
         self.run(
             "cd /srv/work; git init -q; git add .; git -c user.name=admin -c user.email=admin@example.org commit -q -m site; "
             "git clone -q --bare /srv/work /srv/fleet.git; rm -r /srv/work"

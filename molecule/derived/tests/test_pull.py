@@ -68,8 +68,8 @@ class Pulling(Deriving):
         }.items():
             self.run(f"mkdir -p $(dirname /srv/pulled/{name}); cat >/srv/pulled/{name}", text.encode())
         self.run(
-            "cd /srv/work; git init -q; git add .; git -c user.name=admin -c user.email=admin@example.org commit -q -m site; "
-            "git clone -q --bare /srv/work /srv/fleet.git; rm -r /srv/work"
+            "cd /srv/pulled; git init -q; git add .; git -c user.name=admin -c user.email=admin@example.org commit -q -m site; "
+            "git clone -q --bare /srv/pulled /srv/fleet.git; rm -r /srv/pulled"
         )
 
     def run(self, script: str, given: bytes = b"") -> None:

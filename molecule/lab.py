@@ -251,9 +251,13 @@ class Fleet:
         return Run(done.returncode, done.stdout, recap_of(done.stdout))
 
     def kill_play_when(
-        self, playbook: str | Path, happened: Callable[[], bool], variables: Mapping[str, object] | None = None
+        self,
+        playbook: str | Path,
+        happened: Callable[[], bool],
+        variables: Mapping[str, object] | None = None,
+        ending: signal.Signals = signal.SIGKILL,
     ) -> None:
-        """Start ansible-playbook, and kill the whole process group once something has happened."""
+        """Start ansible-playbook, and end the whole process group, as a terminal would, once something has happened."""
         argv = self.command(playbook, "--extra-vars", json.dumps(variables or {}))
         with (self.directory / "killed.log").open("w") as log:
             process = subprocess.Popen(
@@ -268,8 +272,8 @@ class Fleet:
             try:
                 wait_until(happened, 60, "the play got so far", lambda: process.poll() is None)
             finally:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                os.killpg(process.pid, ending)
+                process.wait(60)
 
     def write(self, name: str, content: object) -> Path:
         """A playbook or an inventory of the test's own, beside the fleet's."""

@@ -545,19 +545,8 @@ def parse_valid_until(value: object, operators: Sequence[str]) -> dict[str, str]
 
     :raises PortknockError: not such a mapping, or an operator that isn't in ``operators``.
     """
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise PortknockError(
-            f"{_VALID_UNTIL_OPTION}: expected a mapping from an operator's name to a UTC time; got {value!r}."
-        )
-    unknown = [str(name) for name in value if name not in operators]
-    if unknown:
-        raise PortknockError(
-            f"{_VALID_UNTIL_OPTION}: expected operators that {_OPERATORS_OPTION} names ({', '.join(operators)}); "
-            f"got {', '.join(unknown)}."
-        )
-    return {str(name): _time(time, f"{_VALID_UNTIL_OPTION}, operator {name}") for name, time in value.items()}
+    times = _by_operator(value, operators, _VALID_UNTIL_OPTION, "a UTC time", shown=repr(value))
+    return {name: _time(time, f"{_VALID_UNTIL_OPTION}, operator {name}") for name, time in times.items()}
 
 
 def check_not_all_expire(operators: Sequence[str], secrets: HostSecrets) -> None:
@@ -596,28 +585,31 @@ def parse_given(value: object, operators: Sequence[str]) -> dict[str, list[tuple
 
     :raises PortknockError: not such a mapping, an operator that isn't in ``operators``, or more than two sequences.
     """
+    given = {}
+    named = _by_operator(value, operators, _SEQUENCES_OPTION, "a list of port/protocol", shown="another type")
+    for name, sequences in named.items():
+        option = f"{_SEQUENCES_OPTION}, operator {name}"
+        given[name] = parse_sequences(sequences, option)
+        if len(given[name]) > _MOST_GIVEN:
+            raise PortknockError(
+                f"{option}: expected one sequence, or the newest and the former one; got {len(given[name])}."
+            )
+    return given
+
+
+def _by_operator(value: object, operators: Sequence[str], option: str, expected: str, shown: str) -> dict[str, object]:
+    """What an option says of each operator that it names; ``shown`` is what an error may show of it."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise PortknockError(
-            f"{_SEQUENCES_OPTION}: expected a mapping from an operator's name to a list of port/protocol; "
-            f"got another type."
-        )
+        raise PortknockError(f"{option}: expected a mapping from an operator's name to {expected}; got {shown}.")
     unknown = [str(name) for name in value if name not in operators]
     if unknown:
         raise PortknockError(
-            f"{_SEQUENCES_OPTION}: expected operators that {_OPERATORS_OPTION} names ({', '.join(operators)}); "
+            f"{option}: expected operators that {_OPERATORS_OPTION} names ({', '.join(operators)}); "
             f"got {', '.join(unknown)}."
         )
-    given = {}
-    for name, sequences in value.items():
-        option = f"{_SEQUENCES_OPTION}, operator {name}"
-        given[str(name)] = parse_sequences(sequences, option)
-        if len(given[str(name)]) > _MOST_GIVEN:
-            raise PortknockError(
-                f"{option}: expected one sequence, or the newest and the former one; got {len(given[str(name)])}."
-            )
-    return given
+    return {str(name): item for name, item in value.items()}
 
 
 def read_host_state(value: object) -> HostState | None:

@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -182,7 +180,8 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(fleet: Fleet, ending: signal
     """Stopped while the second host's keyring entry has changed and its gate perhaps not."""
     former, before = sequences(fleet), generation(fleet, "web2")
     done_first = generation(fleet, "web-1")
-    stop_when(fleet, lambda: generation(fleet, "web2") > before, ending)
+    started = {"portknock_hosts": "all"}
+    fleet.kill_play_when(ROTATE, lambda: generation(fleet, "web2") > before, started, ending)
     after_first = generation(fleet, "web-1")
     assert after_first == done_first + 2
     untouched = generation(fleet, "db")
@@ -192,21 +191,3 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(fleet: Fleet, ending: signal
     assert generation(fleet, "db") == untouched + 2
     assert sequences(fleet, "next") == {}
     judge(fleet, sequences(fleet), former)
-
-
-def stop_when(fleet: Fleet, happened: Callable[[], bool], ending: signal.Signals) -> None:
-    """Start a rotation, and end it, as a terminal would, once something has happened."""
-    process = subprocess.Popen(
-        fleet.command(ROTATE, "--extra-vars", "portknock_hosts=all"),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=fleet.directory,
-        env=fleet.environment(),
-        start_new_session=True,
-    )
-    try:
-        wait_until(happened, 60, "the rotation got so far", lambda: process.poll() is None)
-    finally:
-        os.killpg(process.pid, ending)
-        process.wait(60)

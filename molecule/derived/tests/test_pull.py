@@ -18,6 +18,8 @@ HOST = "self"
 COLLECTION = "/usr/share/ansible/collections/ansible_collections/fleet/portknock"
 PARTS = ("galaxy.yml", "meta", "playbooks", "plugins", "roles")
 CHECKOUT = "/var/lib/pull"
+LOG = "/run/pull.log"
+LOG_PREFIX = re.compile(r"^\S+ \S+ p=[0-9]+ u=\S+ n=\S+ [A-Z]+\| ", re.MULTILINE)
 INVENTORY = {"all": {"hosts": {HOST: {"ansible_connection": "local"}}}}
 VARIABLES = {
     "knock_server_proof": "host",
@@ -77,12 +79,16 @@ class Pulling(Deriving):
         subprocess.run(argv, input=given, check=True, capture_output=True)
 
     def pull(self, playbook: str = "site.yml", **variables: object) -> Run:
-        """ansible-pull at -vvv, which shows nothing of any generation, nor do the arguments of its programs."""
+        """ansible-pull at -vvv, which shows nothing of any generation, nor do the arguments of its programs.
+
+        What the run said is read from a log: ansible-pull mixes what its playbook writes to its two streams, in mid-line.
+        """
         argv = ["ansible-pull", "-vvv", "-U", "/srv/fleet.git", "-d", CHECKOUT, "-i", "inventory.yml"]
         argv += ["--vault-password-file", "/root/vault-password", "-e", json.dumps(variables), playbook]
+        environment = ["-e", "ANSIBLE_NOCOLOR=1", "-e", f"ANSIBLE_LOG_PATH={LOG}"]
         with self.sampled():
             done = subprocess.run(
-                ["docker", "exec", "-e", "ANSIBLE_NOCOLOR=1", self.fleet.hosts[HOST]["container"], *argv],
+                ["docker", "exec", *environment, self.fleet.hosts[HOST]["container"], *argv],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -90,8 +96,11 @@ class Pulling(Deriving):
                 check=False,
             )
         self.check(done.stdout)
+        log = self.fleet.execute(HOST, f"cat {LOG}; rm {LOG}")
+        self.check(log)
+        said = LOG_PREFIX.sub("", log)
         # The first recap is that of the checkout.
-        return Run(done.returncode, done.stdout, recap_of(done.stdout.rpartition("PLAY RECAP")[2]))
+        return Run(done.returncode, said, recap_of(said.rpartition("PLAY RECAP")[2]))
 
     @contextlib.contextmanager
     def sampled(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
+from ansible.module_utils.common.yaml import yaml_dump, yaml_load
 from ansible.plugins.connection import ssh
 
 
@@ -22,4 +22,5 @@ def _without_versions(value: Any) -> Any:
 class ModuleDocFragment:
     """Computed from the documentation of ansible.builtin.ssh."""
 
-    DOCUMENTATION: str = yaml.safe_dump({"options": _without_versions(yaml.safe_load(ssh.DOCUMENTATION)["options"])})
+    # By libyaml where it is there: every worker of every task comes here.
+    DOCUMENTATION: str = yaml_dump({"options": _without_versions(yaml_load(ssh.DOCUMENTATION)["options"])})

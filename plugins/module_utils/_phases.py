@@ -90,10 +90,9 @@ class GateChange(Change):
         if self._wanted is not None:
             self._host.apply(self._wanted, self._found, self._run, seconds)
             # The proof begins with sources that have not knocked.
-            for source in self._payload["sources"]:
-                self._enforcer.close_window(Peer(source, None))
-            if peer is not None:
-                self._enforcer.close_window(peer)
+            knocked = [*(Peer(source, None) for source in self._payload["sources"]), *([peer] if peer else ())]
+            for source in dict.fromkeys(knocked):
+                self._enforcer.close_window(source)
         else:
             self._host.take_away(self._found, self._run, seconds)
         return {

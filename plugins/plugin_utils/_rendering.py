@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ansible import constants
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import back_end
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
+from jinja2 import Environment, FileSystemBytecodeCache, FileSystemLoader, StrictUndefined, TemplateError
 
 
 def render(folder: Path, backend: str, gate: Mapping[str, Any]) -> dict[str, str]:
@@ -27,6 +28,8 @@ def render(folder: Path, backend: str, gate: Mapping[str, Any]) -> dict[str, str
     # Plain text for nft and systemd, so there is nothing to escape; lines that hold only a statement leave nothing behind.
     environment = Environment(
         loader=FileSystemLoader(folder / backend),
+        # Compiled once for all hosts of a run, whose own folder this is. What it holds are the templates, without values.
+        bytecode_cache=FileSystemBytecodeCache(constants.DEFAULT_LOCAL_TMP),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -268,6 +268,17 @@ def test_what_comes_and_goes_is_not_in_the_digest(
     assert listing_digests(listing) == listing_digests(before)
 
 
+def test_the_counts_of_elements_are_not_in_the_digest(listing: dict[str, Any]) -> None:
+    def counted(packets: int) -> list[Any]:
+        element = {"val": "192.0.2.1", "counter": {"packets": packets, "bytes": 40}}
+        return ["198.51.100.0", {"elem": element}]
+
+    named(listing, "set", "trusted4")["elem"] = counted(1)
+    before = listing_digests(listing)
+    named(listing, "set", "trusted4")["elem"] = counted(2)[::-1]
+    assert listing_digests(listing) == before
+
+
 def _rules_swapped(listing: dict[str, Any]) -> None:
     rules = [entry for entry in listing["nftables"] if entry.get("rule", {}).get("chain") == "pre"]
     rules[0]["rule"], rules[1]["rule"] = rules[1]["rule"], rules[0]["rule"]

@@ -17,18 +17,17 @@ from ansible.plugins.action import ActionBase
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
-    Plan,
     check_host_state,
     check_not_all_expire,
     check_operators,
     check_packages,
     parse_given,
     parse_valid_until,
-    plan_secrets,
     read_host_state,
     utc_now,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._nmap_ports import nmap_ports, read_nmap_services
+from ansible_collections.fleet.portknock.plugins.module_utils._planning import Plan, plan_secrets
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, parse_knock, parse_knocks
 from ansible_collections.fleet.portknock.plugins.module_utils._rotation import (
     GIVEN_BY_HAND,

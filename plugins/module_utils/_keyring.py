@@ -1,6 +1,6 @@
 # Copyright (c) 2026, fleet.portknock contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the keyring keeps of a host: its shape, and how it changes.
+"""What the keyring keeps of a host, and what follows from it.
 
 Plain mappings in and out; reading, encrypting and locking files is ``plugin_utils/_keyring.py``. No error text of
 this module holds a port of a sequence or a seed.
@@ -13,12 +13,10 @@ import hashlib
 import hmac
 import json
 import re
-import secrets
 from dataclasses import dataclass, replace
-from random import Random
 from time import gmtime, strftime, strptime
 from types import MappingProxyType
-from typing import AbstractSet, Iterator, Mapping, NamedTuple, Sequence
+from typing import Iterator, Mapping, NamedTuple, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import EARLIEST_TIME, Honoured
@@ -29,23 +27,15 @@ from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
     parse_sequences,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import (
-    DEFAULT_LENGTH,
     LONGEST,
     SEED_BYTES,
     SHORTEST,
-    check,
-    check_length,
-    check_protocols,
-    generate,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import (
-    COMING,
     HIGHEST_ID,
     HONOURED,
     STATES,
     Stock,
-    check_one_time,
-    draw,
 )
 
 FORMAT = 1
@@ -55,13 +45,13 @@ SOURCES = (GENERATED, GIVEN)
 # How the keyring writes a time: UTC.
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
-_OPERATORS_OPTION = "knock_server_operators"
-_SEQUENCES_OPTION = "knock_server_sequences"
+OPERATORS_OPTION = "knock_server_operators"
+SEQUENCES_OPTION = "knock_server_sequences"
 # The newest, and during a rotation the former one.
 _MOST_GIVEN = 2
 _ADOPT_OPTION = "knock_server_adopt"
-_READMIT_OPTION = "knock_server_readmit"
-_VALID_UNTIL_OPTION = "knock_server_valid_until"
+READMIT_OPTION = "knock_server_readmit"
+VALID_UNTIL_OPTION = "knock_server_valid_until"
 # How far a host's clock may be behind the controller's before it counts as wrong.
 _CLOCK_SECONDS = 86400
 _REMEDY = f"Use the keyring that the gate came from, or set {_ADOPT_OPTION} to give the host new secrets."
@@ -321,7 +311,7 @@ class HostSecrets:
         missing = [name for name in operators if name not in self.operators]
         if missing:
             raise PortknockError(
-                f"{_OPERATORS_OPTION}: expected operators that the keyring knows on {self.host}; "
+                f"{OPERATORS_OPTION}: expected operators that the keyring knows on {self.host}; "
                 f"got {', '.join(missing)}."
             )
         check_not_all_revoked(operators, self)
@@ -347,7 +337,7 @@ class HostSecrets:
         names = [name for name in self.honoured(operators) if not self.operators[name].has_expired(now)]
         if not names:
             raise PortknockError(
-                f"{_VALID_UNTIL_OPTION}: expected an operator of {self.host} whose time is not over, since the proof knocks with "
+                f"{VALID_UNTIL_OPTION}: expected an operator of {self.host} whose time is not over, since the proof knocks with "
                 "their sequence; got none."
             )
         # One that expires may do so meanwhile.
@@ -405,56 +395,6 @@ class HostSecrets:
         return replace(self, removed=True, packages=left, single_use=False)
 
 
-class NewSequences:
-    """Makes a host's sequences: no two share a port, nor one with what the host has.
-
-    :param generation: the one that they are for.
-    :param now: the time, such as 2026-01-31T08:15:00Z.
-    :param barred: ports that none may hold.
-    :param known: the operators that are there.
-    """
-
-    def __init__(
-        self,
-        generation: int,
-        now: str,
-        length: int,
-        protocols: Sequence[str],
-        barred: AbstractSet[int],
-        known: Sequence[Operator],
-        random: Random | None = None,
-    ) -> None:
-        self._generation = generation
-        self._now = now
-        self._shape = check_length(length), check_protocols(protocols)
-        self._random = random
-        self._taken = set(barred)
-        for operator in known:
-            stored = (operator.current, operator.next)
-            self._taken.update(knock.port for sequence in stored if sequence for knock in sequence.knocks)
-
-    def make(self) -> StoredSequence:
-        """Return a new one.
-
-        :raises PortknockError: too few ports are left.
-        """
-        knocks = generate(*self._shape, self._taken, self._random)
-        self._taken.update(knock.port for knock in knocks)
-        return StoredSequence(self._generation, knocks, GENERATED, self._now)
-
-
-class Plan(NamedTuple):
-    """What a host's entry is to become.
-
-    ``created`` names the operators that get a sequence for the first time; ``warnings`` are sentences.
-    """
-
-    secrets: HostSecrets
-    changed: bool
-    created: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-
 class HostState(NamedTuple):
     """What a host's gate says of itself: the keyring that it came from, its generation, and its secrets' fingerprint.
 
@@ -497,20 +437,20 @@ def check_operators(values: object) -> tuple[str, ...]:
     :raises PortknockError: not a list of names, none at all, or one twice.
     """
     if not isinstance(values, (list, tuple)) or not values:
-        raise PortknockError(f"{_OPERATORS_OPTION}: expected a list of at least one name; got {values!r}.")
+        raise PortknockError(f"{OPERATORS_OPTION}: expected a list of at least one name; got {values!r}.")
     for index, name in enumerate(values):
         if not isinstance(name, str) or not _OPERATOR.fullmatch(name):
             raise PortknockError(
-                f"{_OPERATORS_OPTION}: expected names of 1 to 64 letters, digits, dots, hyphens and underscores that "
+                f"{OPERATORS_OPTION}: expected names of 1 to 64 letters, digits, dots, hyphens and underscores that "
                 f"begin with a letter, a digit or an underscore; got {name!r}."
             )
         if name in _INVENTORY_WORDS:
             raise PortknockError(
-                f"{_OPERATORS_OPTION}: expected names other than {', '.join(_INVENTORY_WORDS)}, which Ansible's "
+                f"{OPERATORS_OPTION}: expected names other than {', '.join(_INVENTORY_WORDS)}, which Ansible's "
                 f"inventory reserves; got {name!r}."
             )
         if name in values[:index]:
-            raise PortknockError(f"{_OPERATORS_OPTION}: expected each name once; got {name!r} twice.")
+            raise PortknockError(f"{OPERATORS_OPTION}: expected each name once; got {name!r} twice.")
     return tuple(str(name) for name in values)
 
 
@@ -522,8 +462,8 @@ def check_not_all_revoked(operators: Sequence[str], entry: HostSecrets) -> None:
     revoked = [name for name in operators if name in entry.operators and entry.operators[name].revoked]
     if len(revoked) == len(operators):
         raise PortknockError(
-            f"{_OPERATORS_OPTION}: expected an operator on {entry.host} who was not revoked, since nobody could get in "
-            f"otherwise; got {', '.join(revoked)} only. Name another, or let one in again by {_READMIT_OPTION}."
+            f"{OPERATORS_OPTION}: expected an operator on {entry.host} who was not revoked, since nobody could get in "
+            f"otherwise; got {', '.join(revoked)} only. Name another, or let one in again by {READMIT_OPTION}."
         )
 
 
@@ -545,8 +485,8 @@ def parse_valid_until(value: object, operators: Sequence[str]) -> dict[str, str]
 
     :raises PortknockError: not such a mapping, or an operator that isn't in ``operators``.
     """
-    times = _by_operator(value, operators, _VALID_UNTIL_OPTION, "a UTC time", shown=repr(value))
-    return {name: _time(time, f"{_VALID_UNTIL_OPTION}, operator {name}") for name, time in times.items()}
+    times = _by_operator(value, operators, VALID_UNTIL_OPTION, "a UTC time", shown=repr(value))
+    return {name: _time(time, f"{VALID_UNTIL_OPTION}, operator {name}") for name, time in times.items()}
 
 
 def check_not_all_expire(operators: Sequence[str], secrets: HostSecrets) -> None:
@@ -557,7 +497,7 @@ def check_not_all_expire(operators: Sequence[str], secrets: HostSecrets) -> None
     honoured = [name for name in operators if not secrets.operators[name].revoked]
     if all(secrets.operators[name].valid_until for name in honoured):
         raise PortknockError(
-            f"{_VALID_UNTIL_OPTION}: expected an operator of {secrets.host} without an expiry, or knock_server_trusted_sources, "
+            f"{VALID_UNTIL_OPTION}: expected an operator of {secrets.host} without an expiry, or knock_server_trusted_sources, "
             f"so that somebody can always get in; got a time for each of {', '.join(honoured)}."
         )
 
@@ -586,9 +526,9 @@ def parse_given(value: object, operators: Sequence[str]) -> dict[str, list[tuple
     :raises PortknockError: not such a mapping, an operator that isn't in ``operators``, or more than two sequences.
     """
     given = {}
-    named = _by_operator(value, operators, _SEQUENCES_OPTION, "a list of port/protocol", shown="another type")
+    named = _by_operator(value, operators, SEQUENCES_OPTION, "a list of port/protocol", shown="another type")
     for name, sequences in named.items():
-        option = f"{_SEQUENCES_OPTION}, operator {name}"
+        option = f"{SEQUENCES_OPTION}, operator {name}"
         given[name] = parse_sequences(sequences, option)
         if len(given[name]) > _MOST_GIVEN:
             raise PortknockError(
@@ -606,7 +546,7 @@ def _by_operator(value: object, operators: Sequence[str], option: str, expected:
     unknown = [str(name) for name in value if name not in operators]
     if unknown:
         raise PortknockError(
-            f"{option}: expected operators that {_OPERATORS_OPTION} names ({', '.join(operators)}); "
+            f"{option}: expected operators that {OPERATORS_OPTION} names ({', '.join(operators)}); "
             f"got {', '.join(unknown)}."
         )
     return {str(name): item for name, item in value.items()}
@@ -688,241 +628,6 @@ def check_same_secrets(state: HostState | None, entry: HostSecrets) -> None:
         )
 
 
-def plan_secrets(
-    existing: HostSecrets | None,
-    *,
-    keyring_id: str,
-    host: str,
-    operators: Sequence[str],
-    now: str,
-    length: int = DEFAULT_LENGTH,
-    protocols: Sequence[str] = ("tcp",),
-    given: Mapping[str, Sequence[Sequence[Knock]]] | None = None,
-    protected: AbstractSet[int] = frozenset(),
-    nmap_ports: AbstractSet[int] = frozenset(),
-    in_use: AbstractSet[int] = frozenset(),
-    state: HostState | None = None,
-    packages: Sequence[str] = (),
-    single_use: bool = False,
-    readmit: Sequence[str] = (),
-    valid_until: Mapping[str, str] | None = None,
-    one_time: int = 0,
-    is_bare: bool = False,
-    random: Random | None = None,
-) -> Plan:
-    """Say what a host's entry is to become, so that every operator has a sequence; nothing is written.
-
-    * A sequence that is there stays, whatever length and protocols say: those are for new ones.
-    * A given sequence that differs becomes ``next``; so does a new one where a generated one came to hold a port
-      that is now protected. The former stays known until the new one is promoted.
-    * Of two given sequences the newest becomes ``next``, and both are honoured until it is given alone.
-    * Two generated sequences that are honoured during a rotation stay as they are: ending it is not this function's.
-    * An operator who isn't named any more becomes inactive and keeps their sequence. One who was revoked stays out, named or
-      not, until ``readmit`` names them, and then gets a new sequence.
-    * With ``one_time``, each operator has that many one-time sequences, which the gate honours instead of the reusable one:
-      new ones where fewer than half are left, where the number was raised, and where what there was may have been used.
-      Without, they go once the gate is known to honour the reusable sequence.
-    * An entry that was marked removed is live again.
-    * Packages are noted, and so is a gate that is to be a single-use one; neither changes secrets, so the generation stays.
-      That it is one no more is noted by :meth:`HostSecrets.promoted`: until then clients have to reckon with it.
-    * ``valid_until`` gives each operator that it names a time, and takes those of others away; None leaves them as they are.
-
-    :param now: the time, for what is created, such as 2026-01-31T08:15:00Z.
-    :param state: what the host's gate says of itself. A generation beyond the entry's (an adopted host) is passed by.
-    :param is_bare: the host is known to have no gate, and with it no memory of what was used there.
-    :raises PortknockError: bad input, or a given sequence that breaks a rule.
-    """
-    names = check_operators(operators)
-    sequences = {name: [tuple(knocks) for knocks in several] for name, several in (given or {}).items()}
-    if check_one_time(one_time) and sequences:
-        raise PortknockError(
-            f"{_SEQUENCES_OPTION}: expected none where knock_server_one_time is set, since each sequence is used once; got "
-            f"those of {', '.join(sequences)}."
-        )
-    warnings: list[str] = []
-    for name, several in sequences.items():
-        option = f"{_SEQUENCES_OPTION}, operator {name}"
-        for knocks in several:
-            found = check(knocks, option, protected=protected, nmap_ports=nmap_ports, in_use=in_use)
-            warnings += [warning for warning in found if warning not in warnings]
-
-    known = {} if existing is None else dict(existing.operators)
-    unknown = [name for name in readmit if name not in names]
-    if unknown:
-        raise PortknockError(
-            f"{_READMIT_OPTION}: expected operators that {_OPERATORS_OPTION} names ({', '.join(names)}); got "
-            f"{', '.join(unknown)}."
-        )
-    floor = max(0 if existing is None else existing.generation, 0 if state is None else state.generation)
-    generation = floor + 1
-    barred = {
-        *nmap_ports,
-        *in_use,
-        *protected,
-        *(knock.port for several in sequences.values() for knocks in several for knock in knocks),
-    }
-    new = NewSequences(generation, now, length, protocols, barred, list(known.values()), random)
-    planned: dict[str, Operator] = {}
-    created: list[str] = []
-    deployed = 0 if state is None else state.generation
-    for name in names:
-        entry = known.get(name)
-        wishes = [StoredSequence(generation, knocks, GIVEN, now) for knocks in sequences.get(name, ())]
-        if entry is None:
-            created.append(name)
-            planned[name] = _newcomer(wishes or [new.make()])
-            continue
-        if entry.revoked is not None:
-            if name not in readmit:
-                planned[name] = entry
-                warnings.append(
-                    f"{_OPERATORS_OPTION}: {name}, who was revoked on {host} at {entry.revoked}, stays out. Take the name "
-                    f"off the list, or let them in again with a new sequence by {_READMIT_OPTION}."
-                )
-                continue
-            entry = _newcomer(wishes or [new.make()])
-        entry = replace(entry, active=True)
-        if wishes:
-            planned[name] = _with_given(entry, wishes, deployed)
-            if len(planned[name].honoured) < len(wishes):
-                warnings.append(
-                    f"{_SEQUENCES_OPTION}: the gate of {host} may honour neither of the two of operator {name} yet. It gets the "
-                    "newest alone, and the next run adds the former one."
-                )
-        elif any(knock.port in protected for knock in entry.wanted.knocks):
-            if entry.wanted.source == GIVEN:
-                raise PortknockError(
-                    f"{_SEQUENCES_OPTION}, operator {name}: expected no protected port; the sequence that the keyring "
-                    f"holds, which was given, has one."
-                )
-            planned[name] = _with_next(entry, new.make(), deployed)
-        elif any(knock.port in protected for stored in entry.honoured for knock in stored.knocks):
-            # The former sequence of a rotation: honoured no more, but known until the other is proved.
-            planned[name] = replace(entry, both=False, both_since=None)
-        else:
-            planned[name] = entry
-            if entry.wanted.source == GENERATED and len(entry.wanted.knocks) != length:
-                warnings.append(
-                    f"knock_server_sequence_length: the sequence of operator {name} on {host} keeps its "
-                    f"{len(entry.wanted.knocks)} knocks; {length} take effect when it is rotated."
-                )
-    if valid_until is not None:
-        planned = {name: replace(entry, valid_until=valid_until.get(name)) for name, entry in planned.items()}
-        warnings += [
-            f"{_VALID_UNTIL_OPTION}: the time of {name} on {host} is over since {planned[name].valid_until}: they are shut out."
-            for name in names
-            if planned[name].has_expired(now)
-        ]
-    adopted = (
-        existing is not None
-        and state is not None
-        and (state.keyring_id != keyring_id or state.generation > existing.generation or state.contradicts(existing))
-    )
-    last_id = max(0 if existing is None else existing.last_id, 0 if state is None else state.last_id)
-    begun = {knocks[0] for entry in (*known.values(), *planned.values()) for knocks in entry.every_sequence}
-    for name in names:
-        entry = planned[name]
-        if entry.revoked is not None:
-            continue
-        if not one_time:
-            planned[name] = replace(entry, one_time=entry.one_time.going() if entry.one_time else None)
-            continue
-        # What another keyring's gate, or one that is gone, has let in is not known.
-        kept = None if adopted or is_bare else entry.one_time
-        stock = (kept or Stock(one_time, COMING, {})).coming().without(protected)
-        left = stock.since(0 if state is None else state.one_time.get(name, 0))
-        if left.is_short(one_time) or (one_time < stock.size and not stock.retire):
-            excluded = {*nmap_ports, *in_use, *protected}
-            missing = max(0, one_time - len(left.sequences))
-            added = draw(missing, last_id, length, protocols, excluded, begun, random)
-            begun.update(knocks[0] for knocks in added.values())
-            last_id += missing
-            stock = left.filled(one_time, added)
-        planned[name] = replace(entry, one_time=stock)
-    _check_first_knocks(
-        {name: [*(stored.knocks for stored in planned[name].honoured), *planned[name].once.values()] for name in names}
-    )
-    for name, former in known.items():
-        planned.setdefault(name, replace(former, active=False))
-
-    if existing is None:
-        fresh = HostSecrets(
-            keyring_id,
-            host,
-            generation,
-            secrets.token_bytes(SEED_BYTES),
-            frozenset(in_use),
-            planned,
-            packages=tuple(packages),
-            single_use=single_use,
-            last_id=last_id,
-        )
-        return Plan(fresh, True, tuple(created), tuple(warnings))
-    noted = (*existing.packages, *(name for name in packages if name not in existing.packages))
-    # The order of what is there is kept: it is the order in which a client tries.
-    ordered = {name: planned[name] for name in (*known, *created)}
-    same = replace(
-        existing, operators=ordered, removed=False, keyring_id=keyring_id, last_id=max(existing.last_id, last_id)
-    )
-    check_not_all_revoked(names, same)
-    if same == existing and not adopted:
-        latest = replace(existing, packages=noted, single_use=existing.single_use or single_use)
-        if latest == existing:
-            return Plan(existing, False, (), tuple(warnings))
-        return Plan(latest, True, (), tuple(warnings))
-    avoid = frozenset(in_use) or existing.avoid
-    changed = replace(
-        same,
-        generation=generation,
-        avoid=avoid,
-        packages=noted,
-        single_use=existing.single_use or single_use,
-    )
-    return Plan(changed, True, tuple(created), tuple(warnings))
-
-
-def _newcomer(sequences: Sequence[StoredSequence]) -> Operator:
-    """An operator who has no sequence yet: with one, or with two, the newest first."""
-    if len(sequences) == 1:
-        return Operator(True, sequences[0])
-    return Operator(True, current=sequences[1], next=sequences[0], both=True)
-
-
-def _with_given(entry: Operator, wishes: Sequence[StoredSequence], deployed: int) -> Operator:
-    """An operator whose sequence a person gives, or two of them, the newest first."""
-    kept = {stored.knocks: stored for stored in (entry.current, entry.next) if stored is not None}
-    newest, *former = (kept.get(wish.knocks, wish) for wish in wishes)
-    if former and _on_host(entry, deployed) in (newest, *former):
-        # Whatever they were: from now on nobody but this person ends it.
-        following, current = replace(newest, source=GIVEN), replace(former[0], source=GIVEN)
-        if entry.both and (entry.next, entry.current) == (following, current):
-            return entry
-        return replace(entry, current=current, next=following, both=True, both_since=None)
-    # One that is wanted alone, or with another where the host's own would have to be forgotten before the new ones are proved.
-    if entry.wanted == newest:
-        return replace(entry, both=False, both_since=None)
-    if entry.next is not None and entry.current == newest:
-        # Back to the former one; the other may be on the host, so it stays known.
-        return replace(entry, current=entry.next, next=wishes[0], both=False, both_since=None)
-    return _with_next(entry, newest, deployed)
-
-
-def _on_host(entry: Operator, deployed: int) -> StoredSequence:
-    """The sequence that the host honours for sure, whatever else it does.
-
-    :param deployed: the generation of the host's gate.
-    """
-    return entry.next if entry.next is not None and entry.next.generation <= deployed else entry.current
-
-
-def _with_next(entry: Operator, following: StoredSequence, deployed: int) -> Operator:
-    """An operator who gets another sequence, while the one that the host honours stays known.
-
-    :param deployed: the generation of the host's gate. It tells which of two sequences the host honours.
-    """
-    return replace(entry, current=_on_host(entry, deployed), next=following, both=False, both_since=None)
-
-
 def _stock_mapping(stock: Stock) -> dict[str, object]:
     return {
         "size": stock.size,
@@ -958,20 +663,6 @@ def _valid_from(operator: Operator) -> int:
 
 def _is_operator(name: object) -> bool:
     return isinstance(name, str) and _OPERATOR.fullmatch(name) is not None and name not in _INVENTORY_WORDS
-
-
-def _check_first_knocks(sequences: Mapping[str, Sequence[Sequence[Knock]]]) -> None:
-    """Refuse sequences that begin alike: the gate could not tell them apart."""
-    first: dict[Knock, str] = {}
-    for name, several in sequences.items():
-        for knocks in several:
-            if knocks[0] in first:
-                other = first[knocks[0]]
-                whose = f"those of {other} and {name}" if other != name else f"two of {name}'s"
-                raise PortknockError(
-                    f"{_SEQUENCES_OPTION}: expected sequences that begin with different knocks; {whose} begin alike."
-                )
-            first[knocks[0]] = name
 
 
 def _describe(stored: StoredSequence) -> dict[str, object]:
@@ -1141,12 +832,14 @@ __all__ = (
     "FORMAT",
     "GENERATED",
     "GIVEN",
+    "OPERATORS_OPTION",
+    "READMIT_OPTION",
+    "SEQUENCES_OPTION",
     "TIME_FORMAT",
+    "VALID_UNTIL_OPTION",
     "HostSecrets",
     "HostState",
-    "NewSequences",
     "Operator",
-    "Plan",
     "StoredSequence",
     "check_host_state",
     "check_not_all_expire",
@@ -1156,7 +849,6 @@ __all__ = (
     "check_same_secrets",
     "parse_given",
     "parse_valid_until",
-    "plan_secrets",
     "read_host_state",
     "seconds_since_1970",
     "utc_now",

@@ -22,12 +22,12 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     TIME_FORMAT,
     HostSecrets,
     HostState,
-    NewSequences,
     Operator,
     check_not_all_expire,
     check_not_all_revoked,
     seconds_since_1970,
 )
+from ansible_collections.fleet.portknock.plugins.module_utils._planning import NewSequences
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import DEFAULT_LENGTH
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import draw
 

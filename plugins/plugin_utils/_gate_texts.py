@@ -12,10 +12,10 @@ from typing import Any
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, build_model
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
-    plan_secrets,
     read_host_state,
     utc_now,
 )
+from ansible_collections.fleet.portknock.plugins.module_utils._planning import plan_secrets
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import parse_knocks
 from ansible_collections.fleet.portknock.plugins.plugin_utils._rendering import render
 

@@ -111,6 +111,19 @@ def test_a_sequence_opens_once(lab: Lab, host: Host, family: int) -> None:
     assert opens(lab, other, sequences[2])
 
 
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_sequence_for_one_connection(lab: Lab, host: Host, family: int) -> None:
+    """Together with single use."""
+    sequences = stock(16)
+    lab.gate(one_time={"alice": sequences}, single_use=True)
+    assert host() == 0
+    source = lab.source(family)
+    for identity in (1, 2):
+        assert opens(lab, source, sequences[identity])
+        assert lab.look(source) == "reset"
+        assert not opens(lab, source, sequences[identity])
+
+
 def test_only_armed_ones_open(lab: Lab, host: Host) -> None:
     sequences = stock(40)
     lab.gate(one_time={"alice": sequences})

@@ -143,6 +143,20 @@ def test_site_fills_the_stock_up(runs: Runs) -> None:
     runs.often()
 
 
+def test_each_for_one_connection_only(fleet: Fleet, runs: Runs) -> None:
+    """Together with single use: a sequence opens once, and what it opens is good for one connection."""
+    variables = {**VARIABLES, "knock_server_single_use": True}
+    assert runs("fleet.portknock.site", variables=variables).recap[HOST]["changed"]
+    runs.often()
+    (source,), target = fleet.sources.take("ipv4"), fleet.hosts[HOST]["ipv4"]
+    first = runs.info()["bob"]["first"]
+    connect = ["connect", source, target, SSH]
+    seen = fleet.outside(["knock", source, target, fleet.one_time(HOST, "bob")[first]], connect, connect)
+    assert seen[-2:] == ["open", "silent"]
+    assert states(fleet, "ipv4", fleet.one_time(HOST, "bob")[first]) == "silent"
+    assert runs("fleet.portknock.site", variables=variables).recap[HOST]["changed"] == 0
+
+
 def test_nothing_gives_a_sequence_away(fleet: Fleet, runs: Runs) -> None:
     assert fleet.leaks(runs.printed, HOST) == []
     used = fleet.directory / "knock_keyring" / f".{HOST}.used"

@@ -14,16 +14,15 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
     HostState,
     Operator,
-    Plan,
     StoredSequence,
     check_host_state,
     check_not_all_expire,
     check_operators,
     parse_given,
     parse_valid_until,
-    plan_secrets,
     read_host_state,
 )
+from ansible_collections.fleet.portknock.plugins.module_utils._planning import Plan, plan_secrets
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._rotation import finish
 

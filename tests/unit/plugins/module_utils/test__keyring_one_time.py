@@ -14,10 +14,9 @@ from ansible_collections.fleet.portknock.plugins.module_utils._errors import Por
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
     HostState,
-    Plan,
-    plan_secrets,
     read_host_state,
 )
+from ansible_collections.fleet.portknock.plugins.module_utils._planning import Plan, plan_secrets
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._rotation import begin, finish
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import COMING, GOING, HONOURED

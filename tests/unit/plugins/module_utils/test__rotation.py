@@ -14,8 +14,8 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostState,
     Operator,
     StoredSequence,
-    plan_secrets,
 )
+from ansible_collections.fleet.portknock.plugins.module_utils._planning import plan_secrets
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._rotation import (
     Step,

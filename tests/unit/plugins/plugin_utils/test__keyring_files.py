@@ -18,7 +18,8 @@ import pytest
 from ansible import constants
 from ansible.parsing.vault import VaultLib, VaultSecret
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets, plan_secrets
+from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets
+from ansible_collections.fleet.portknock.plugins.module_utils._planning import plan_secrets
 from ansible_collections.fleet.portknock.plugins.plugin_utils import _keyring
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import (
     CONTINUE_SECONDS,
@@ -461,7 +462,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from ansible.parsing.vault import VaultSecret
-from ansible_collections.fleet.portknock.plugins.module_utils._keyring import plan_secrets
+from ansible_collections.fleet.portknock.plugins.module_utils._planning import plan_secrets
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import Keyring, RunVault
 
 folder, host, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

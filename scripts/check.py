@@ -1,6 +1,6 @@
 # Copyright (c) 2026, fleet.portknock contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Runs the project's checks: one header a step, one line a check, everything else in ``.cache/logs``.
+"""Runs the project's checks: one line a check, everything else in ``.cache/logs``.
 
 Usage: ``check.py STEP...``; a step is one of STEPS, ``molecule:SCENARIO`` or ``faults:full``. All steps run, whatever fails
 on the way. The last line counts what really ran: where a check is pytest, its tests, of the faults each try, and everything
@@ -30,13 +30,13 @@ COUNTED = re.compile(r"(\d+) (failed|passed|skipped|error)")
 TABLE = re.compile(r"\|( .* \|)+")
 # How soon a watch closes a hole, or a host has gone back, is nothing to judge on a machine that has other things to do.
 PUNCTUAL_SCENARIOS = ("coexistence", "faults")
-# A scenario waits for containers more than it computes.
+# Most of them wait for packets and containers half of the time.
 AT_ONCE = 2
 TERMINAL = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Check(NamedTuple):
-    """One command; its name is its log's. ``alone`` for one that judges how soon something happens."""
+    """One command; its name is its log's. ``alone`` for one that judges how soon something happens, or shares a cache."""
 
     name: str
     argv: list[str]
@@ -46,7 +46,7 @@ class Check(NamedTuple):
 
 def pytest(name: str, folder: str) -> Iterator[Check]:
     if (ROOT / folder).is_dir():
-        yield Check(name, ["python3", "-m", "pytest", folder])
+        yield Check(name, ["python3", "-m", "pytest", folder], alone=False)
 
 
 def unit() -> Iterator[Check]:
@@ -76,7 +76,7 @@ def lint() -> Iterator[Check]:
 
 
 def sanity() -> Iterator[Check]:
-    yield Check("sanity", ["scripts/sanity.sh"])
+    yield Check("sanity", ["scripts/sanity.sh"], alone=False)
 
 
 def netns() -> Iterator[Check]:
@@ -182,15 +182,16 @@ def main(names: list[str]) -> int:
     LOGS.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     total: Counter[str] = Counter()
+    checks: list[Check] = []
     for name in names:
         step, _, argument = name.partition(":")
-        print(f"== {name}", flush=True)
-        checks = list(WITH_ARGUMENT[step](argument) if step in WITH_ARGUMENT else STEPS[step]())
-        if not checks:
-            print("  FAILED  there is nothing to run")
+        found = list(WITH_ARGUMENT[step](argument) if step in WITH_ARGUMENT else STEPS[step]())
+        if not found:
+            print(f"  FAILED  {name}: there is nothing to run")
             total["failed"] += 1
-        for counts in run_all(checks):
-            total += counts
+        checks += found
+    for counts in run_all(checks):
+        total += counts
     seconds = time.monotonic() - start
     print(f"It took {seconds:.0f} s; the logs are in {LOGS}.")
     print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")

@@ -224,9 +224,10 @@ class Wire:
 class Lab:
     """The host, the client and what a test does with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, client: Optional[Namespace] = None) -> None:
+        """:param client: stands outside in place of a namespace of the lab's own, and is removed with it."""
         self.host = Namespace("h")
-        self.client = Namespace("c")
+        self.client = client or Namespace("c")
         self._namespaces = [self.host, self.client]
         self.link("h0", "c0", self.client)
         self.host.ip("addr", "add", f"{HOST4}/24", "dev", "h0")

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ansible import constants
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.utils.display import Display
@@ -453,14 +452,5 @@ class ActionModule(ConfirmedAction):
 
     def _arguments(self) -> dict[str, Any]:
         """One call of the module on the host, with its arguments on standard input only."""
-        if constants.DEFAULT_KEEP_REMOTE_FILES:
-            raise PortknockError(
-                "ANSIBLE_KEEP_REMOTE_FILES: expected to be off for knock_gate, whose arguments hold secrets."
-            )
-        if not self._is_pipelined():
-            raise PortknockError(
-                "ansible_become_method, ansible_connection: expected ones that work with pipelining, such as sudo over ssh, "
-                "since the arguments of knock_gate hold secrets and would be put into a file on the host; got "
-                f"{self._connection.become.name if self._connection.become else 'none'} over {self._connection.transport}."
-            )
+        self._check_kept_secret()
         return {"state": self._task.args.get("state", "applied"), "backend": self._backend()}

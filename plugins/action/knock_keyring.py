@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -40,7 +39,12 @@ from ansible_collections.fleet.portknock.plugins.module_utils._rotation import (
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import DEFAULT_LENGTH
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import check_one_time
-from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import Keyring, keyring_options, open_keyring
+from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import (
+    Keyring,
+    keyring_options,
+    open_keyring,
+    read_as_inventory,
+)
 
 _STATES = ["present", "promoted", "rotated", "retired", "rotation_ended", "revoked", "removed", "absent"]
 _ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -87,13 +91,9 @@ class ActionModule(ActionBase):
         except PortknockError as exc:
             # Core appends the text of each cause to the message: it would say everything twice.
             raise AnsibleActionFail(str(exc)) from None
-        for source in variables.get("ansible_inventory_sources") or []:
-            if os.path.isdir(source) and keyring.directory.is_relative_to(os.path.abspath(source)):
-                self._display.warning(
-                    f"The keyring {keyring.directory} lies inside the inventory source {source}, so Ansible reads "
-                    f"its files as inventory. Set knock_keyring_dir to a folder elsewhere, or add "
-                    f"^{keyring.directory.name}$ to ignore_patterns in the section inventory of ansible.cfg."
-                )
+        warning = read_as_inventory(keyring.directory, "The keyring", "knock_keyring_dir", variables)
+        if warning:
+            self._display.warning(warning)
         return result
 
     def _act(self, keyring: Keyring, host: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@
 
 Knocks with the sequences of a file, and relays standard input and output through the connection that opened. Writes
 nothing else to standard output; an error is one line on standard error. No secret is an argument or part of an error.
+
+``portknock install`` and ``portknock uninstall`` are in ``_setup.py``.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"portknock: {message}. Run: portknock connect --help\n")
+        self.exit(2, f"portknock: {message}. Run: {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     options = _parser().parse_args(arguments)
     try:
+        if options.command != "connect":
+            # Read only where it is needed: ssh waits for each connection.
+            from ansible_collections.fleet.portknock.plugins.module_utils._setup import run_setup
+
+            return run_setup(options)
         sock = _connect(options, begun)
         with sock:
             # As ssh does with a connection of its own. macOS refuses where the far side has gone already.
@@ -59,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="portknock", description="Knock, then connect.", allow_abbrev=False)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     connect = commands.add_parser(
         "connect",
         help="knock, and relay standard input and output to what opens",
@@ -82,6 +89,21 @@ def _parser() -> argparse.ArgumentParser:
         help="give up after this time; a little less than ssh's ConnectTimeout (default: %(default)g)",
     )
     connect.set_defaults(family="any")
+    install = commands.add_parser(
+        "install",
+        help="make ssh use the bundle that this program came in",
+        description="Put the bundle that this program came in into ~/.ssh, and one Include line at the top of ~/.ssh/config.",
+        allow_abbrev=False,
+    )
+    install.add_argument(
+        "--replace", action="store_true", help="take the place of another operator's or fleet's bundle"
+    )
+    commands.add_parser(
+        "uninstall",
+        help="undo that",
+        description="Take the bundle that this program came in out of ~/.ssh, and its line out of ~/.ssh/config.",
+        allow_abbrev=False,
+    )
     return parser
 
 

@@ -106,6 +106,11 @@ def temporary_path(path: str) -> str:
 
 
 def write_text(path: str, text: str, mode: int) -> None:
+    """Put a whole text in place: as :func:`write_bytes`."""
+    write_bytes(path, text.encode(), mode)
+
+
+def write_bytes(path: str, content: bytes, mode: int) -> None:
     """Put a whole file in place at once: after a crash there is the old one or the new one.
 
     :raises PortknockError: it can't be written; then the old one is there.
@@ -114,9 +119,9 @@ def write_text(path: str, text: str, mode: int) -> None:
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            with open(os.open(temporary, flags, mode), "w", encoding="utf-8") as stream:
+            with open(os.open(temporary, flags, mode), "wb") as stream:
                 os.fchmod(stream.fileno(), mode)
-                stream.write(text)
+                stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, path)
@@ -165,5 +170,6 @@ __all__ = (
     "stream",
     "sync_folder",
     "temporary_path",
+    "write_bytes",
     "write_text",
 )

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ansible import constants
 from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
@@ -17,25 +18,53 @@ _SHORTEST_TRIAL = 10
 _LONGEST_TRIAL = 3600
 
 
-class _Opaque(str):
+class Opaque(str):
     """A text that core's debug output, which shows a module's arguments, shows nothing of."""
 
     def __repr__(self) -> str:
         return "(secret)"
 
 
-class ConfirmedAction(ActionBase):
-    """An action whose module changes the host on trial.
-
-    ``_module`` is its name, ``_timeout_option`` the role's variable for the task's ``confirm_timeout``, and ``_internal``
-    the keys of its results that are not the user's. ``_confirmed`` is what the host said when it confirmed.
-    """
+class SecretiveAction(ActionBase):
+    """An action whose module's arguments may hold secrets. ``_module`` is its name."""
 
     _supports_check_mode = True
     _supports_async = False
     _connection: Any
-    _vars: dict[str, Any]
     _module = ""
+
+    def _is_pipelined(self) -> bool:
+        """Whether the module's arguments come by standard input only; sees to it where that can be."""
+        if self._connection.has_pipelining:
+            self._connection.set_option("pipelining", True)
+        return bool(self._is_pipelining_enabled("new"))
+
+    def _check_kept_secret(self) -> None:
+        """See to it that the module's arguments are written nowhere.
+
+        :raises PortknockError: they would be.
+        """
+        name = self._module.rpartition(".")[2]
+        if constants.DEFAULT_KEEP_REMOTE_FILES:
+            raise PortknockError(
+                f"ANSIBLE_KEEP_REMOTE_FILES: expected to be off for {name}, whose arguments hold secrets."
+            )
+        if not self._is_pipelined():
+            raise PortknockError(
+                "ansible_become_method, ansible_connection: expected ones that work with pipelining, such as sudo over ssh, "
+                f"since the arguments of {name} hold secrets and would be put into a file on the host; got "
+                f"{self._connection.become.name if self._connection.become else 'none'} over {self._connection.transport}."
+            )
+
+
+class ConfirmedAction(SecretiveAction):
+    """An action whose module changes the host on trial.
+
+    ``_timeout_option`` is the role's variable for the task's ``confirm_timeout``, and ``_internal`` are the keys of its results
+    that are not the user's. ``_confirmed`` is what the host said when it confirmed.
+    """
+
+    _vars: dict[str, Any]
     _timeout_option = ""
     _internal: tuple[str, ...] = ("on_trial",)
     _confirmed: Mapping[str, Any] = {}
@@ -49,17 +78,11 @@ class ConfirmedAction(ActionBase):
 
     def _phase(self, phase: str, payload: Mapping[str, Any]) -> dict[str, Any]:
         """One call of the module on the host."""
-        arguments = {**self._arguments(), "phase": phase, "payload": _Opaque(json.dumps(payload))}
+        arguments = {**self._arguments(), "phase": phase, "payload": Opaque(json.dumps(payload))}
         outcome: dict[str, Any] = self._execute_module(
             module_name=self._module, module_args=arguments, task_vars=self._vars
         )
         return outcome
-
-    def _is_pipelined(self) -> bool:
-        """Whether the module's arguments come by standard input only; sees to it where that can be."""
-        if self._connection.has_pipelining:
-            self._connection.set_option("pipelining", True)
-        return bool(self._is_pipelining_enabled("new"))
 
     def _confirm(self, payload: dict[str, Any], over: Any = None) -> dict[str, Any] | None:
         """Confirm over a connection made for it; returns the failure, None when it worked.
@@ -119,4 +142,4 @@ class ConfirmedAction(ActionBase):
         return seconds
 
 
-__all__ = ("ConfirmedAction",)
+__all__ = ("ConfirmedAction", "Opaque", "SecretiveAction")

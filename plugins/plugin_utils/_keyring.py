@@ -514,6 +514,22 @@ def keyring_directory(configured: str | None, inventory_dir: object) -> Path:
     return Path(os.path.abspath(base / DEFAULT_FOLDER))
 
 
+def read_as_inventory(folder: Path, what: str, option: str, task_vars: Mapping[str, Any]) -> str | None:
+    """Return a warning where Ansible reads what is in a folder as inventory; None where it doesn't.
+
+    :param what: what is kept there.
+    :param option: the one that names another place.
+    """
+    for source in task_vars.get("ansible_inventory_sources") or []:
+        if os.path.isdir(source) and folder.is_relative_to(os.path.abspath(source)):
+            return (
+                f"{what} {folder} lies inside the inventory source {source}, so Ansible reads its files as inventory. Set "
+                f"{option} to a folder elsewhere, or add ^{folder.name}$ to ignore_patterns in the section inventory of "
+                "ansible.cfg."
+            )
+    return None
+
+
 @functools.lru_cache(maxsize=None)
 def _option_definitions() -> Mapping[str, Any]:
     definitions: Mapping[str, Any] = yaml.safe_load(ModuleDocFragment.DOCUMENTATION)["options"]
@@ -562,4 +578,5 @@ __all__ = (
     "keyring_directory",
     "keyring_options",
     "open_keyring",
+    "read_as_inventory",
 )

@@ -14,7 +14,20 @@ import sys
 import zipfile
 from pathlib import Path, PurePosixPath
 
-_MODULES = ("_errors", "_helper", "_helper_secrets", "_knocking", "_ports", "_relay", "_usage")
+_MODULES = (
+    *(
+        "_client",
+        "_errors",
+        "_helper",
+        "_helper_secrets",
+        "_knocking",
+        "_ports",
+        "_relay",
+        "_setup",
+        "_system",
+        "_usage",
+    ),
+)
 _PACKAGE = "ansible_collections.fleet.portknock.plugins.module_utils"
 _SHEBANG = b"#!/usr/bin/env python3\n"
 _MAIN = f"""\

@@ -42,6 +42,7 @@ def file(tmp_path: Path) -> str:
         ("connect web1 22 --secrets FILE --timeout inf", "argument --timeout: expected a number of seconds above 0"),
         ("connect web1 22 --secrets FILE --timeout soon", "up to 3600; got 'soon'"),
         ("open web1", "invalid choice: 'open'"),
+        ("install here", "unrecognized arguments: here"),
     ],
 )
 def test_bad_arguments(arguments: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +53,7 @@ def test_bad_arguments(arguments: str, message: str, capfd: pytest.CaptureFixtur
     assert message in err
     assert out == ""
     assert err.startswith("portknock: ")
-    assert err.endswith(". Run: portknock connect --help\n")
+    assert err.endswith(f". Run: portknock{' connect' if arguments.startswith('connect') else ''} --help\n")
     assert err.count("\n") == 1
 
 

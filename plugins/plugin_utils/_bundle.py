@@ -49,8 +49,8 @@ SSH_PORT = 22
 DEFAULT_FOLDER = "portknock_bundles"
 _TAR = ".tar"
 _PRIVATE = 0o600
-# What ends a word in ssh_config, or means something in a list of patterns.
-_NOT_IN_CONFIG = re.compile(r"[\s\x00-\x1f\x7f\"'\\#*?!,=]|^-")
+# What ends a word in ssh_config, means something in a list of patterns, or is refused by ssh itself.
+_NOT_IN_CONFIG = re.compile(r"[\s\x00-\x1f\x7f\"'`\\#*?!,=$;&<>|(){}]|^-")
 # Late enough for every tar program to take it for a time.
 _TIME = 315532800
 _OPTIONS = {"inet": "-4 ", "inet6": "-6 "}
@@ -299,8 +299,8 @@ def _access(target: Target, operator: str) -> Access:
 def _word(text: str, place: str, kind: str) -> str:
     if not text or _NOT_IN_CONFIG.search(text):
         raise PortknockError(
-            f"{place}: expected {kind} without blanks, quotes, commas, backslashes, a hyphen in front and the signs #, *, ?, ! "
-            f"and =, since ssh's configuration can't hold these; got {text!r}."
+            f"{place}: expected {kind} that ssh takes, without blanks, quotes, commas, backslashes, a hyphen in front and any of "
+            f"# * ? ! = $ ; & < > | and brackets; got {text!r}."
         )
     return text
 

@@ -13,12 +13,11 @@ from ansible_collections.fleet.portknock.plugins.module_utils._client import Dif
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
-    check_operators,
     parse_given,
     parse_valid_until,
     utc_now,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT
 from ansible_collections.fleet.portknock.plugins.plugin_utils._bundle import (
     Target,
     bundle_path,
@@ -63,12 +62,10 @@ class ActionModule(ActionBase):
         return result
 
     def _make(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        operator = self._operator(arguments["operator"])
+        operator = arguments["operator"]
+        if not operator:
+            raise PortknockError("portknock_operator: expected the name of an operator; got nothing.")
         folder_name(arguments["fleet"])
-        path, is_default = bundle_path(arguments["dest"], operator, self._vars, self._templar)
-        warning = read_as_inventory(path.parent, "The folder", "knock_client_bundle", self._vars)
-        if warning:
-            self._warnings.append(warning)
         hosts = arguments["hosts"]
         if hosts is None:
             hosts = self._vars["ansible_play_hosts_all"]
@@ -85,6 +82,10 @@ class ActionModule(ActionBase):
             else:
                 left_out[host] = found
         whole = whole_bundle(operator, targets, arguments["fleet"])
+        path, is_default = bundle_path(arguments["dest"], operator, self._vars, self._templar)
+        warning = read_as_inventory(path.parent, "The folder", "knock_client_bundle", self._vars)
+        if warning:
+            self._warnings.append(warning)
         difference = keep(whole, str(path), is_default, dry_run=bool(self._task.check_mode))
         return {
             "changed": difference is not None,
@@ -96,12 +97,6 @@ class ActionModule(ActionBase):
             "diff": self._shown(str(path), difference),
         }
 
-    @staticmethod
-    def _operator(name: str) -> str:
-        if not name:
-            raise PortknockError("portknock_operator: expected the name of an operator; got nothing.")
-        return check_operators([name])[0]
-
     def _target(self, host: str, operator: str, now: str) -> Target | str:
         """Where the operator's ssh goes and what opens it, or why they don't get in."""
         other, variables = action_on(self, host, self._vars)
@@ -109,15 +104,13 @@ class ActionModule(ActionBase):
         def own(name: str) -> Any:
             return other._templar.template(variables[name]) if name in variables else None
 
-        given = self._given(own("knock_server_sequences"), operator)
+        given = parse_given(_part(own("knock_server_sequences"), operator), [operator]).get(operator, [])
         secrets = self._secrets(other, variables, host)
         if secrets is None or operator not in secrets.operators:
             if not given:
                 return "no sequence"
-            valid_until = own("knock_server_valid_until")
-            named = {operator: valid_until[operator]} if operator in (valid_until or {}) else {}
-            until = parse_valid_until(named, [operator]).get(operator)
-            secrets = given_secrets(host, operator, given, until)
+            valid_until = parse_valid_until(_part(own("knock_server_valid_until"), operator), [operator])
+            secrets = given_secrets(host, operator, given, valid_until.get(operator))
         reason = why_not(secrets, operator, now)
         if reason is not None:
             return reason
@@ -147,13 +140,6 @@ class ActionModule(ActionBase):
         return keyring.load(host)
 
     @staticmethod
-    def _given(value: Any, operator: str) -> list[tuple[Knock, ...]]:
-        if isinstance(value, Mapping):
-            # What is wrong with others' is not this operator's.
-            value = {operator: value[operator]} if operator in value else {}
-        return parse_given(value, [operator]).get(operator, [])
-
-    @staticmethod
     def _port(value: Any, host: str) -> int:
         """A port that the inventory gives; 0 for none."""
         if not value:
@@ -175,6 +161,13 @@ class ActionModule(ActionBase):
             "before": difference.before,
             "after": difference.after,
         }
+
+
+def _part(value: Any, operator: str) -> Any:
+    """What an option says of one operator: what is wrong with others' is not this one's."""
+    if not isinstance(value, Mapping):
+        return value
+    return {operator: value[operator]} if operator in value else {}
 
 
 __all__ = ("ActionModule",)

@@ -37,10 +37,11 @@ def made(
     sequence: tuple[Knock, ...] = SEQUENCE,
     folder: str = "portknock",
     keyrings: tuple[str, ...] = ("one",),
-    **more: bytes,
+    card: bytes = b"",
 ) -> Bundle:
     secrets = HelperSecrets(operator, {"web1": Access("192.0.2.7", 22, (sequence,))})
-    files = {"config": b"Host web1\n", "portknock": b"\x00program", "secrets.json": secrets.to_text().encode(), **more}
+    files = {"config": b"Host web1\n", "portknock": b"\x00program", "secrets.json": secrets.to_text().encode()}
+    files.update({"card.txt": card} if card else {})
     return Bundle(Manifest(folder, operator, keyrings, tuple(sorted(files))), files)
 
 
@@ -103,7 +104,7 @@ def test_there_and_back(home: Path, own: bytes | None) -> None:
 
 
 def test_a_newer_bundle_of_hers(home: Path) -> None:
-    install(made(**{"card.txt": b"old"}), str(home))
+    install(made(card=b"old"), str(home))
     used = home / ".ssh" / "portknock" / "secrets.json.used"
     used.write_text("state")
     newer = made(sequence=ANOTHER, keyrings=("one", "two"))
@@ -256,7 +257,7 @@ def test_cut_short_and_done_again(home: Path, written: int, monkeypatch: pytest.
             raise KeyboardInterrupt
         real(path, content, mode)
 
-    for bundle in (made(**{"card.txt": b"old"}), made(sequence=ANOTHER)):
+    for bundle in (made(card=b"old"), made(sequence=ANOTHER)):
         calls.clear()
         monkeypatch.setattr(_client, "write_bytes", failing)
         try:

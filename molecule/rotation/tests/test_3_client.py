@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import shlex
@@ -82,6 +83,13 @@ def tar(fleet: Fleet) -> bytes:
     return (fleet.directory / "portknock_bundles" / "alice.tar").read_bytes()
 
 
+def secrets_file(fleet: Fleet) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(tar(fleet))) as archive:
+        member = archive.extractfile("portknock/secrets.json")
+        assert member is not None
+        return member.read()
+
+
 def test_a_bundle_has_her_hosts_and_her_sequences_only(fleet: Fleet) -> None:
     run = make(fleet, "--check", "--diff")
     assert run.status == 0, run.output
@@ -91,10 +99,7 @@ def test_a_bundle_has_her_hosts_and_her_sequences_only(fleet: Fleet) -> None:
     assert (run.status, sum(changed(run).values())) == (0, 1), run.output
     folder = fleet.directory / "portknock_bundles"
     assert [oct(path.stat().st_mode) for path in (folder, folder / "alice.tar")] == ["0o40700", "0o100600"]
-    with tarfile.open(fileobj=io.BytesIO(tar(fleet))) as archive:
-        member = archive.extractfile("portknock/secrets.json")
-        assert member is not None
-        hosts = json.load(member)["hosts"]
+    hosts = json.loads(secrets_file(fleet))["hosts"]
     assert set(hosts) == set(fleet.hosts)
     kept = [sequences(fleet), sequences(fleet, "next")]
     for host, access in hosts.items():
@@ -184,6 +189,8 @@ def test_the_role_does_the_same(fleet: Fleet) -> None:
     as_admin(f"umask 077; {copy}")
     before = as_admin("find .ssh -printf '%p %m\\n' | sort")
     assert make(fleet).status == 0
+    # As it goes to the host.
+    sent = base64.b64encode(secrets_file(fleet))[:80].decode()
     fleet.write("client.yml", [{"hosts": machine, "gather_facts": False, "roles": ["fleet.portknock.knock_client"]}])
 
     def role(*arguments: str, **variables: object) -> Run:
@@ -191,6 +198,7 @@ def test_the_role_does_the_same(fleet: Fleet) -> None:
         run = fleet.play("client.yml", "-vvvv", *arguments, variables=given)
         assert run.status == 0, run.output
         assert leaks(run.output, sequences(fleet)) == []
+        assert sent not in run.output
         return run
 
     assert changed(role("--check", "--diff"))[machine] == 1
@@ -201,6 +209,9 @@ def test_the_role_does_the_same(fleet: Fleet) -> None:
     target = fleet.hosts[host]["ipv4"]
     assert as_admin(f"timeout 5 bash -c '</dev/tcp/{target}/{SSH}' || echo closed").split()[-1] == "closed"
     assert as_admin(f"ssh {host} hostname").strip() == host
-    assert fleet.leaks(fleet.execute(machine, "journalctl --no-pager -o cat")) == []
+    journal = fleet.execute(machine, "journalctl --no-pager -o cat")
+    assert "knock_client" in journal
+    assert sent not in journal
+    assert fleet.leaks(journal) == []
     assert changed(role("--diff", knock_client_state="absent"))[machine] == 1
     assert as_admin("find .ssh -printf '%p %m\\n' | sort") == before

@@ -234,10 +234,11 @@ def test_as_somebody_else(home: Path, place: str, monkeypatch: pytest.MonkeyPatc
         values[4] = os.geteuid() if str(path) != str(home / place) else other
         return os.stat_result(values)
 
-    with monkeypatch.context() as patched, pytest.raises(PortknockError) as caught:
+    with monkeypatch.context() as patched:
         patched.setattr(os, "stat", owned)
         patched.setattr(os, "lstat", lambda path: owned(path, follow=False))
-        install(made(sequence=ANOTHER), str(home))
+        with pytest.raises(PortknockError) as caught:
+            install(made(sequence=ANOTHER), str(home))
     assert str(caught.value).startswith(
         f"{home / place}: expected it to belong to you (user id {os.geteuid()}); got user"
     )

@@ -15,18 +15,16 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 _MODULES = (
-    *(
-        "_client",
-        "_errors",
-        "_helper",
-        "_helper_secrets",
-        "_knocking",
-        "_ports",
-        "_relay",
-        "_setup",
-        "_system",
-        "_usage",
-    ),
+    "_client",
+    "_errors",
+    "_helper",
+    "_helper_secrets",
+    "_knocking",
+    "_ports",
+    "_relay",
+    "_setup",
+    "_system",
+    "_usage",
 )
 _PACKAGE = "ansible_collections.fleet.portknock.plugins.module_utils"
 _SHEBANG = b"#!/usr/bin/env python3\n"

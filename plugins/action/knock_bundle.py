@@ -32,6 +32,7 @@ from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import (
     open_keyring,
     read_as_inventory,
 )
+from ansible_collections.fleet.portknock.plugins.plugin_utils._qr import qr_maker
 
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "operator": {"type": "str", "required": True},
@@ -81,7 +82,7 @@ class ActionModule(ActionBase):
                 targets.append(found)
             else:
                 left_out[host] = found
-        whole = whole_bundle(operator, targets, arguments["fleet"])
+        whole = whole_bundle(operator, targets, arguments["fleet"], qr_maker())
         path, is_default = bundle_path(arguments["dest"], operator, self._vars, self._templar)
         warning = read_as_inventory(path.parent, "The folder", "knock_client_bundle", self._vars)
         if warning:

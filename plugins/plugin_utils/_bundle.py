@@ -11,10 +11,11 @@ import re
 import shlex
 import stat
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ansible_collections.fleet.portknock.plugins.module_utils._card import CardHost, QrCode, card_files
 from ansible_collections.fleet.portknock.plugins.module_utils._client import (
     CONFIG,
     MANIFEST,
@@ -124,12 +125,12 @@ def given_secrets(host: str, operator: str, given: Sequence[tuple[Knock, ...]], 
 
 
 def whole_bundle(
-    operator: str, targets: Sequence[Target], fleet: str = "", cards: Mapping[str, bytes] | None = None
+    operator: str, targets: Sequence[Target], fleet: str = "", qr: Callable[[str], QrCode] | None = None
 ) -> Bundle:
     """Return all that an operator gets, the same for the same secrets.
 
     :param fleet: its name, where a person is to have bundles of several.
-    :param cards: files for those who have no Python.
+    :param qr: makes the card's QR codes; None leaves them out.
     :raises PortknockError: as :func:`bundle`; a name that ssh's configuration can't hold.
     """
     secrets = bundle(operator, targets)
@@ -139,7 +140,7 @@ def whole_bundle(
         CONFIG: ssh_config(operator, folder, chosen).encode(),
         PROGRAM: helper_program(),
         SECRETS: secrets.to_text().encode(),
-        **(cards or {}),
+        **card_files(operator, [_on_card(target, secrets.hosts[target.secrets.host]) for target in chosen], qr),
     }
     keyrings = sorted({target.secrets.keyring_id for target in chosen} - {""})
     return Bundle(Manifest(folder, operator, tuple(keyrings), tuple(sorted(files))), files)
@@ -291,9 +292,20 @@ def _access(target: Target, operator: str) -> Access:
     once = {
         identity: knocks for _name, group in target.secrets.one_time(operator) for identity, knocks in group.items()
     }
-    if not once:
-        return Access(target.hostname, target.port, tuple(reusable))
-    return Access(target.hostname, target.port, tuple(reusable), once, target.secrets.stamp)
+    return Access(target.hostname, target.port, tuple(reusable), once, target.secrets.stamp if once else "")
+
+
+def _on_card(target: Target, access: Access) -> CardHost:
+    once = [access.one_time[identity] for identity in sorted(access.one_time)]
+    sequences = access.sequences or once
+    return CardHost(
+        target.secrets.host,
+        target.hostname,
+        target.port,
+        sequences,
+        user=target.user,
+        one_time=not access.sequences,
+    )
 
 
 def _word(text: str, place: str, kind: str) -> str:

@@ -112,7 +112,8 @@ def test_a_bundle_has_her_hosts_and_her_sequences_only(fleet: Fleet) -> None:
     text = tar(fleet).decode(errors="replace")
     # Bob's, whether or not he was let go before.
     others = [fleet.knocks(host, "bob") for host in ("web-1", "db")]
-    assert [knock for knocks in others for knock in knocks if f'"{knock}"' in text] == []
+    forms = [form for knocks in others for knock in knocks for form in (f'"{knock}"', knock.replace("/", ":"))]
+    assert [form for form in forms if form in text] == []
     before = tar(fleet)
     run = make(fleet, "--diff")
     assert (run.status, sum(changed(run).values())) == (0, 0), run.output
@@ -143,11 +144,13 @@ def test_a_second_time_changes_nothing(alice: Person) -> None:
 
 def test_the_secrets_are_in_one_place(fleet: Fleet, alice: Person) -> None:
     alice.run("rm -r portknock alice.tar")
-    patterns = {f'"{knock}"' for knocks in sequences(fleet).values() for knock in knocks}
+    every = [knock for knocks in sequences(fleet).values() for knock in knocks]
+    patterns = {*(f'"{knock}"' for knock in every), *(knock.replace("/", ":") for knock in every)}
     found = alice.run(
         "grep -rIlF -f - /home /root /tmp /var /run || true", "\n".join(patterns).encode(), user="root"
     ).stdout.decode()
-    assert found.split() == ["/home/alice/.ssh/portknock/secrets.json"]
+    names = ("card.html", "card.txt", "secrets.json")
+    assert sorted(found.split()) == [f"/home/alice/.ssh/portknock/{name}" for name in names]
     modes = alice.run("stat -c '%a %n' .ssh/portknock .ssh/portknock/*").stdout.decode().splitlines()
     assert {line for line in modes if not line.startswith("600 ")} == {
         "700 .ssh/portknock",

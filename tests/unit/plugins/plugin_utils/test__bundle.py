@@ -17,6 +17,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._errors import Por
 from ansible_collections.fleet.portknock.plugins.module_utils._helper_secrets import Access, HelperSecrets
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets, Operator, StoredSequence
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._stock import Stock
 from ansible_collections.fleet.portknock.plugins.plugin_utils._bundle import (
     Target,
     bundle,
@@ -73,6 +74,22 @@ def test_nothing_to_open(operator: str) -> None:
         f"portknock_operator: expected an operator whom one of the hosts lets in; got {operator!r}, who has an active "
         "sequence on none."
     )
+
+
+def test_the_card_has_what_the_bundle_has() -> None:
+    stock = {number: tuple(Knock(44000 + 20 * number + step, "tcp") for step in (0, 6, 2)) for number in (1, 2)}
+    once = Operator(True, ALICE, one_time=Stock(16, "honoured", stock))
+    targets = [
+        target("web1", "192.0.2.1", alice=Operator(True, ALICE), bob=Operator(True, BOB)),
+        target("web2", "192.0.2.2", alice=once),
+        target("web3", "192.0.2.3", bob=Operator(True, BOB)),
+    ]
+    files = whole_bundle("alice", targets).files
+    card = files["card.txt"].decode()
+    for place in ("192.0.2.1", "192.0.2.2", "41000", "44020", "44040"):
+        assert place in card
+    assert "192.0.2.3" not in card
+    assert "43000" not in card
 
 
 def test_why_a_host_is_left_out() -> None:
@@ -151,10 +168,15 @@ def test_names_that_ssh_could_not_take(name: str) -> None:
 
 def test_the_same_bundle_makes_the_same_bytes(tmp_path: Path) -> None:
     targets = [target("web1", "192.0.2.1", alice=Operator(True, ALICE))]
-    whole = whole_bundle("alice", targets, "work", {"card.txt": b"card"})
-    assert whole.manifest == ("portknock-work", "alice", ("id",), ("card.txt", "config", "portknock", "secrets.json"))
+    whole = whole_bundle("alice", targets, "work")
+    assert whole.manifest == (
+        "portknock-work",
+        "alice",
+        ("id",),
+        ("card.html", "card.txt", "config", "portknock", "secrets.json"),
+    )
     content = pack(whole)
-    assert content == pack(whole_bundle("alice", targets, "work", {"card.txt": b"card"}))
+    assert content == pack(whole_bundle("alice", targets, "work"))
     assert unpack(content, "x") == whole
     # As tar programs unpack it, whoever makes it and whatever their umask.
     (tmp_path / "alice.tar").write_bytes(content)

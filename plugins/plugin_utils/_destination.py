@@ -8,14 +8,18 @@ outcome without connecting.
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import FAMILIES
+
+# What ssh replaces in a ProxyJump; -G prints it as it is written.
+_TOKEN = re.compile("%.")
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,8 @@ class Destination:
     """What ssh would connect to.
 
     ``host`` is the name or address after ssh's configuration, ``family`` any, inet or inet6. ``proxied`` is True where
-    a ProxyJump or ProxyCommand stands between, so that this machine's packets would come from the wrong address.
-    ``source`` is ssh's BindAddress and ``control_path`` its ControlPath, or None. ``user`` logs in.
+    a ProxyJump or ProxyCommand stands between, so that this machine's packets would come from the wrong address; ``jump`` is
+    that ProxyJump, or empty. ``source`` is ssh's BindAddress and ``control_path`` its ControlPath, or None. ``user`` logs in.
     """
 
     host: str
@@ -34,6 +38,7 @@ class Destination:
     source: str | None = None
     control_path: str | None = None
     user: str = ""
+    jump: str = ""
 
 
 def ssh_arguments(option: Callable[[str], Any]) -> list[str]:
@@ -49,6 +54,15 @@ def ssh_arguments(option: Callable[[str], Any]) -> list[str]:
     for name in ("ssh_common_args", "ssh_extra_args"):
         arguments += shlex.split(option(name) or "")
     return arguments
+
+
+def configuration_file(arguments: Sequence[str]) -> str | None:
+    """The configuration file that ssh's arguments name, which is all of them that ssh tells to a jump host's ssh, too."""
+    chosen = None
+    for index, argument in enumerate(arguments):
+        if argument.startswith("-F"):
+            chosen = argument[2:] or next(iter(arguments[index + 1 :]), None)
+    return chosen
 
 
 def locate(executable: str, arguments: Sequence[str], host: str, timeout: float) -> Destination:
@@ -72,7 +86,9 @@ def locate(executable: str, arguments: Sequence[str], host: str, timeout: float)
     if finished.returncode != 0:
         lines = finished.stderr.strip().splitlines() or [f"return code {finished.returncode}"]
         raise PortknockError(f"ssh_executable: expected {executable!r} to answer -G; got {lines[-1]!r}.")
-    return read_configuration(finished.stdout)
+    found = read_configuration(finished.stdout)
+    tokens = {"%%": "%", "%h": found.host, "%n": host, "%p": str(found.port), "%r": found.user}
+    return replace(found, jump=_TOKEN.sub(lambda token: tokens.get(token[0], token[0]), found.jump))
 
 
 def read_configuration(text: str) -> Destination:
@@ -100,7 +116,8 @@ def read_configuration(text: str) -> Destination:
         source=given("bindaddress"),
         control_path=given("controlpath"),
         user=settings.get("user", ""),
+        jump=given("proxyjump") or "",
     )
 
 
-__all__ = ("Destination", "locate", "read_configuration", "ssh_arguments")
+__all__ = ("Destination", "configuration_file", "locate", "read_configuration", "ssh_arguments")

@@ -14,7 +14,18 @@ import sys
 import zipfile
 from pathlib import Path, PurePosixPath
 
-_MODULES = ("_errors", "_helper", "_helper_secrets", "_knocking", "_ports", "_relay", "_usage")
+_MODULES = (
+    "_arrival",
+    "_errors",
+    "_helper",
+    "_helper_secrets",
+    "_jump",
+    "_jumped",
+    "_knocking",
+    "_ports",
+    "_relay",
+    "_usage",
+)
 _PACKAGE = "ansible_collections.fleet.portknock.plugins.module_utils"
 _SHEBANG = b"#!/usr/bin/env python3\n"
 _MAIN = f"""\

@@ -338,8 +338,8 @@ class ActionModule(ConfirmedAction):
             if self._jump is not None:
                 raise PortknockError(
                     f"{exc} The connection that confirms the gate, and all that follow, would have to knock from there, so the "
-                    "gate was not closed. Make the jump host's address one of knock_server_trusted_sources (another host can then "
-                    "prove the gate: knock_server_prove_from), or see that ssh gets there and `python3` runs there."
+                    "gate was not closed. Make the jump host's address one of knock_server_trusted_sources (another host "
+                    "can then prove the gate: knock_server_prove_from), or see that ssh gets there and `python3` runs there."
                 ) from None
             self._looker, self._place, self._unseen = None, "", f" {exc}"
         return None

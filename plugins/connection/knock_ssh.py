@@ -156,7 +156,7 @@ _SEQUENCES_OPTION = "knock_sequences"
 _AGAIN = {False: 1, True: 8}
 # What ssh says when a connection through a jump host was refused, or not answered, before there was a session.
 _REFUSED_BEHIND_JUMP = ("stdio forwarding failed", "timed out during banner exchange")
-_PROXY_ENDED = "Connection closed by UNKNOWN port 65535"
+_PROXY_ENDED = "kex_exchange_identification: "
 _FRESH = (b"-o", b"ControlMaster=no", b"-o", b"ControlPath=none")
 
 # How ssh ended: its code, standard output and standard error.

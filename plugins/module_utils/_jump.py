@@ -46,8 +46,9 @@ _WAIT = (
 )
 # Without modules of the user's or the installation's own, and leaving no compiled ones behind.
 COMMAND = f"python3 -IBSc '{_WAIT}'"
-# What may come before the answer, and the longest answer.
-_MOST = 1 << 20
+# Bytes that a login may say first, and of the longest answer.
+_LONGEST_WELCOME = 1 << 16
+_LONGEST_ANSWER = 1 << 20
 # Seconds for the way there and back, beyond what is asked for takes.
 _GRACE = 5.0
 # Seconds that a process may take to end once nothing more comes from it.
@@ -313,7 +314,7 @@ class _Call:
         """
         deadline = time.monotonic() + seconds
         received = 0
-        while received < _MOST:
+        while received < _LONGEST_WELCOME:
             line = self._line(deadline, f"within {seconds:.1f} s")
             match = _READY.fullmatch(line)
             if match is not None:
@@ -352,7 +353,7 @@ class _Call:
         """
         line = b""
         try:
-            while not line.endswith(b"\n") and len(line) < _MOST:
+            while not line.endswith(b"\n") and len(line) < _LONGEST_ANSWER:
                 self._sock.settimeout(max(0.01, deadline - time.monotonic()))
                 seen = self._sock.recv(_CHUNK, socket.MSG_PEEK)
                 if not seen:
@@ -423,9 +424,10 @@ def _sources(*names: str) -> dict[str, str | None]:
 
 
 def _source(name: str) -> str:
-    # Whatever the modules are loaded from: files, the helper's archive, or by Ansible.
+    # Whatever the modules are loaded from: files, the helper's archive, or Ansible, whose loader gives bytes.
     loader: Any = importlib.import_module(name).__loader__
-    return str(loader.get_source(name))
+    source = loader.get_source(name)
+    return source.decode() if isinstance(source, bytes) else str(source)
 
 
 __all__ = ("COMMAND", "FromHere", "FromJump", "JumpError", "JumpHost", "Way", "jump_host")

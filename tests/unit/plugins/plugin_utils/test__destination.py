@@ -13,6 +13,7 @@ import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import (
     Destination,
+    configuration_file,
     locate,
     read_configuration,
     ssh_arguments,
@@ -29,6 +30,11 @@ Host shop
   ControlPath /tmp/%h-%p
 Host far
   ProxyJump bastion
+Host near
+  HostName %h.example.org
+  User carol
+  Port 2200
+  ProxyJump first@bastion:2201,%r@%h-%n-%p-%%
 Host piped
   ProxyCommand nc %h %p
 Host direct
@@ -65,6 +71,37 @@ def test_an_alias(tmp_path: Path) -> None:
 )
 def test_proxies(tmp_path: Path, arguments: tuple[str, ...], proxied: bool) -> None:
     assert where(tmp_path, *arguments).proxied is proxied
+
+
+@needs_ssh
+@pytest.mark.parametrize(
+    ("arguments", "jump"),
+    [
+        (("far",), "bastion"),
+        (("near",), "first@bastion:2201,carol@near.example.org-near-2200-%"),
+        (("piped",), ""),
+        (("direct",), ""),
+        (("-J", "alice@[2001:db8::7]:22,bastion", "192.0.2.1"), "alice@[2001:db8::7]:22,bastion"),
+        (("-o", "ProxyJump=other", "far"), "other"),
+        (("-o", "ProxyCommand=none", "far"), ""),
+    ],
+)
+def test_jump_hosts(tmp_path: Path, arguments: tuple[str, ...], jump: str) -> None:
+    assert where(tmp_path, *arguments).jump == jump
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        ([], None),
+        (["-o", "User=F", "-4"], None),
+        (["-F", "one", "-v"], "one"),
+        (["-Fone", "-F", "two"], "two"),
+        (["-F"], None),
+    ],
+)
+def test_the_configuration_file(arguments: list[str], file: str | None) -> None:
+    assert configuration_file(arguments) == file
 
 
 @needs_ssh

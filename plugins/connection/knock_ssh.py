@@ -24,8 +24,9 @@ notes:
   - A knock must come from the address that the connection comes from. Where ssh goes through a C(ProxyJump), the knock is sent
     from the last jump host, where the account that ssh uses has to be able to run C(python3) of version 3.8 or newer. The
     sequence goes there over standard input and is kept in memory. Whoever is root there could read it; see O(knock_from_jump).
-  - Where ssh goes through a C(ProxyCommand), nothing is sent, and a warning says so. The same where the jump host runs no Python,
-    which is all right if the gate trusts its address.
+  - Where ssh goes through a C(ProxyCommand), nothing is sent, and a warning says so. If that is this collection's helper, it is
+    left out for a host whose sequences are known here, which is then knocked at as without it.
+  - Where the jump host runs no Python, nothing is sent either, which is all right if the gate trusts its address.
   - To see that the port has opened, the first real connection of a run to a host is preceded by one that is closed at
     once. Later ones rely on what worked and look only after ssh was refused, because OpenSSH 9.8 and newer holds
     connections that never log in against their source (C(PerSourcePenalties)).
@@ -354,6 +355,8 @@ class Connection(CoreConnection):
         gate = None if self._has_master(cmd) else self._gate()
         if gate is None:
             return super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
+        if gate.destination.instead:
+            cmd = self._with_first_options(cmd, b"-o", to_bytes(gate.destination.instead))
         run = partial(super()._bare_run, cmd, in_data, sudoable=sudoable, checkrc=checkrc)
         # A password goes through a pipe that is made with the command and serves one run only.
         has_one_run = cmd[0] == b"sshpass"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import os
 import socket
 import sys
@@ -18,7 +19,7 @@ import time
 from typing import NoReturn, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._helper_secrets import read_secrets
+from ansible_collections.fleet.portknock.plugins.module_utils._helper_secrets import Access, read_secrets
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import KnockResult, knock_and_connect, resolve
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._relay import relay
@@ -97,6 +98,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def jump_of(arguments: Sequence[str]) -> str:
+    """The jump host that the helper would go by with these arguments; empty for none.
+
+    :raises PortknockError: it would not get that far.
+    """
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            options = _parser().parse_args(arguments)
+    except SystemExit:
+        raise PortknockError(told.getvalue().strip()) from None
+    secrets = read_secrets(os.path.expanduser(options.secrets))
+    return _jump(options, secrets.find(options.host, options.port, options.name)[1])
+
+
+def _jump(options: argparse.Namespace, access: Access) -> str:
+    named: str = access.jump if options.jump is None else options.jump
+    return "" if named.lower() == "none" else named
+
+
 def _port(value: str) -> int:
     if value.isdecimal() and 1 <= int(value[:6]) <= HIGHEST_PORT:
         return int(value)
@@ -128,9 +149,9 @@ def _connect(options: argparse.Namespace, begun: float) -> socket.socket:
     usage = Usage(f"{options.secrets}.used", access.stamp, f"{name} ")
     tickets = usage.tickets([(secrets.operator, access.one_time)]) if access.one_time else []
     once = [ticket.knocks for ticket in tickets]
-    jump = access.jump if options.jump is None else options.jump
+    jump = _jump(options, access)
     deadline = begun + options.timeout
-    if jump and jump.lower() != "none":
+    if jump:
         result, sock = _from_jump(options, deadline, host, jump, access.sequences, once)
     else:
         addresses = resolve(host, options.port, options.family)
@@ -178,4 +199,4 @@ def _explain(result: KnockResult, options: argparse.Namespace, name: str, operat
     )
 
 
-__all__ = ("DEFAULT_TIMEOUT", "main")
+__all__ = ("DEFAULT_TIMEOUT", "jump_of", "main")

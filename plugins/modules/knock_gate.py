@@ -157,7 +157,8 @@ proof:
   contains:
     seen_from:
       description:
-        - Name of the host that looked, the gate's own with O(proof=host), a jump host's as ssh names it; empty for the controller.
+        - Name of the host that looked, the gate's own with O(proof=host), a jump host's as ssh names it.
+        - Empty for the controller.
       type: str
     closed:
       description: For each address and protected port what a connection without the knock met, and what a closed port showed.

@@ -10,6 +10,7 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible_collections.fleet.portknock.plugins.connection.knock_ssh import Connection, HostSequences
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._jump import FromHere
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     FAMILIES,
     Address,
@@ -63,7 +64,8 @@ class ActionModule(ActionBase):
         port = arguments["port"] or destination.port
         addresses = resolve(arguments["host"] or destination.host, port, arguments["family"] or destination.family)
         if known is not None:
-            seen, _note = known.knock(addresses, port, arguments["timeout"], destination.source, _BANNER_SECONDS)
+            way = FromHere(addresses, port, destination.source)
+            seen, _note = known.knock(way, arguments["timeout"], _BANNER_SECONDS)
         else:
             seen = self._look(addresses, arguments["timeout"], destination.source)
         shown: dict[str, Any] = {

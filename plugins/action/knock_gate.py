@@ -20,6 +20,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._gate import (
     loose_warning,
     settings_from,
 )
+from ansible_collections.fleet.portknock.plugins.module_utils._jump import JumpError, JumpHost
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
     check_operators,
@@ -27,9 +28,8 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     read_host_state,
     utc_now,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._phases import is_trusted
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
-from ansible_collections.fleet.portknock.plugins.module_utils._proof import answer, packed_addresses
+from ansible_collections.fleet.portknock.plugins.module_utils._proof import answer, is_trusted, packed_addresses
 from ansible_collections.fleet.portknock.plugins.plugin_utils._confirmed import ConfirmedAction
 from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import action_on, is_ssh, knock_ssh_of, quiet
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination
@@ -45,6 +45,8 @@ _OUTSIDE, _HOST = "outside", "host"
 _SSH_PORT = 22
 # One for each family of addresses, and some for what another client or a boot has used up.
 _PROOF_TICKETS = 16
+# How long one question to a jump host may take; a trial that is shorter ends by itself.
+_JUMP_SECONDS = 90.0
 
 
 class ActionModule(ConfirmedAction):
@@ -53,6 +55,11 @@ class ActionModule(ConfirmedAction):
     _module = "fleet.portknock.knock_gate"
     _timeout_option = "knock_server_confirm_timeout"
     _internal = ("on_trial", "source_trusted", "ports_in_use", "listeners", "sessions")
+    # The last jump host on the way, where this connection needs its knock; the same where the proof is made from there; and why
+    # it is not, where that can't be.
+    _jump: JumpHost | None = None
+    _looker: JumpHost | None = None
+    _unseen = ""
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result: dict[str, Any] = super().run(tmp, task_vars)
@@ -71,13 +78,16 @@ class ActionModule(ConfirmedAction):
         return result
 
     def _check(self) -> dict[str, Any]:
-        self._check_one_time(settings_from(self._required("settings")))
+        settings = settings_from(self._required("settings"))
+        self._check_one_time(settings)
         check_operators(self._required("operators"))
         self._seconds()
         found = self._required("found")
         self._check_init(found)
-        if self._place and not self._task.check_mode:
-            self._scout(self._destination(), found["ipv6_addresses"])
+        destination = self._destination()
+        self._choose_jump(settings, destination, found)
+        if (self._place or self._jump) and not self._task.check_mode:
+            self._view(destination, found["ipv6_addresses"])
         return {"changed": False}
 
     def _apply(self) -> dict[str, Any]:
@@ -123,6 +133,7 @@ class ActionModule(ConfirmedAction):
             **self._shut(entry),
         }
         destination, given = self._destination(), knock_ssh_of(self, self._vars).given_sequences()
+        self._choose_jump(settings, destination, found)
         self._check_way_in(settings, destination, found, given, entry.honoured(operators))
         gate = {
             "protected": payload["protected"],
@@ -198,15 +209,15 @@ class ActionModule(ConfirmedAction):
         """
         view: dict[str, Any] | None = None
         if not self._task.check_mode:
-            if self._place:
+            if self._place or self._jump:
                 # So that a run that has nothing to change troubles no other host and makes no namespace.
                 outcome = self._phase("compare", payload)
                 if outcome.get("failed") or not outcome["reasons"]:
                     return outcome
-            if self._place or not destination.proxied:
-                view = self._scout(destination, further)
+            view = self._view(destination, further)
         payload = {**payload, "sources": view["sources"] if view else []}
-        if self._place or self._task.check_mode:
+        # What this run's forks open for the controller, or for the jump host, is nothing to whoever looks from elsewhere.
+        if (self._place and not self._looker) or self._task.check_mode:
             return self._try_out(payload, view, gate)
         with quiet(self._vars["inventory_hostname"], watched=True):
             return self._try_out(payload, view, gate)
@@ -239,7 +250,7 @@ class ActionModule(ConfirmedAction):
         """
         if view is None:
             # Only let through where the jump host is a trusted source; the fresh connection is all there is.
-            note = "Not proved from outside: the host is reached through a ProxyJump or ProxyCommand."
+            note = f"Not proved from outside: the host is reached through a ProxyJump or ProxyCommand.{self._unseen}"
             return {"seen_from": "", "closed": [], "opened": [], "notes": [note]} if gate else {}
         request = {**view, "timeout": self._timeout()}
         if gate is None:
@@ -250,11 +261,11 @@ class ActionModule(ConfirmedAction):
             ports_in_use=outcome["ports_in_use"],
             listeners=outcome["listeners"],
             # The host sees the connection's source itself, behind whatever translates addresses on the way.
-            source_trusted=outcome["source_trusted"] and not self._place,
+            source_trusted=outcome["source_trusted"] and (not self._place or self._looker is not None),
         )
         seen = self._ask("prove", request)
         if not self._is_apart:
-            return {"seen_from": self._place, **seen}
+            return {"seen_from": self._looker.name if self._looker else self._place, **seen}
         note = "Not proved from outside: seen from a network namespace on the host itself (knock_server_proof=host)."
         return {"seen_from": self._vars["inventory_hostname"], **seen, "notes": [note, *seen["notes"]]}
 
@@ -295,21 +306,58 @@ class ActionModule(ConfirmedAction):
             return Destination(str(context.remote_addr), int(context.port or _SSH_PORT))
         return knock_ssh_of(self, self._vars).destination()
 
+    def _choose_jump(self, settings: GateSettings, destination: Destination, found: Mapping[str, Any]) -> None:
+        """Find out whether a jump host has to knock, which then also looks, where no other host does.
+
+        :raises PortknockError: ssh does not say.
+        """
+        # From a trusted source there is neither a need to knock nor anything to see.
+        if destination.jump and not is_trusted(found["ssh_source"], (*settings.trusted4, *settings.trusted6)):
+            jump = knock_ssh_of(self, self._vars).jump_host()
+            if jump is None:
+                return
+            if destination.port in settings.protected_tcp:
+                self._jump = jump
+            if not self._place:
+                self._looker, self._place = jump, f"the jump host {jump.name}"
+
+    def _view(self, destination: Destination, further: Sequence[str]) -> dict[str, Any] | None:
+        """What a proof would look at, and from which sources; None where nothing can be seen from anywhere.
+
+        :raises PortknockError: nobody can look who has to, or a jump host can't knock that has to.
+        """
+        try:
+            if self._jump is not None and self._looker is None:
+                # Nothing is to be seen from there; only whether it could.
+                request = {**self._asked_of_scout(destination, []), "addresses": [], "place": self._jump.name}
+                self._ask_jump(self._jump, "scout", request)
+            if self._place or not destination.proxied:
+                return self._scout(destination, further)
+        except JumpError as exc:
+            if self._jump is not None:
+                raise PortknockError(
+                    f"{exc} The connection that confirms the gate, and all that follow, would have to knock from there, so the "
+                    "gate was not closed. Make the jump host's address one of knock_server_trusted_sources (another host "
+                    "can then prove the gate: knock_server_prove_from), or see that ssh gets there and `python3` runs there."
+                ) from None
+            self._looker, self._place, self._unseen = None, "", f" {exc}"
+        return None
+
     def _scout(self, destination: Destination, further: Sequence[str]) -> dict[str, Any]:
         """What a proof would look at, and from which sources."""
+        return self._ask("scout", self._asked_of_scout(destination, further))
+
+    def _asked_of_scout(self, destination: Destination, further: Sequence[str]) -> dict[str, Any]:
         # A name behind a jump host is the jump host's to resolve, never this machine's; this machine knows its own addresses.
         unknown = destination.proxied or (self._is_apart and not is_ssh(self._connection))
         addresses = [] if unknown else packed_addresses(destination.host, destination.port, destination.family)
-        return self._ask(
-            "scout",
-            {
-                "host": destination.host,
-                "port": destination.port,
-                "family": destination.family,
-                "addresses": addresses,
-                "further": list(further),
-            },
-        )
+        return {
+            "host": destination.host,
+            "port": destination.port,
+            "family": destination.family,
+            "addresses": addresses,
+            "further": list(further),
+        }
 
     def _ask(self, question: str, request: Mapping[str, Any]) -> dict[str, Any]:
         """Have one question about the host answered, here or on the host that the proof is made from.
@@ -332,9 +380,13 @@ class ActionModule(ConfirmedAction):
 
     @property
     def _proof_option(self) -> str:
+        if self._looker is not None:
+            return "ProxyJump"
         return "knock_server_proof" if self._is_apart else "knock_server_prove_from"
 
     def _answer_of_prover(self, question: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        if self._looker is not None:
+            return self._ask_jump(self._looker, question, request)
         try:
             if self._is_apart:
                 outcome = self._phase(question, {**request, "apart": True})
@@ -350,6 +402,14 @@ class ActionModule(ConfirmedAction):
             )
         answered: dict[str, Any] = outcome["answer"]
         return answered
+
+    def _ask_jump(self, jump: JumpHost, question: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Have a question answered on a jump host.
+
+        :raises JumpError: it does not answer.
+        """
+        patience = float(knock_ssh_of(self, self._vars).get_option("timeout"))
+        return jump.ask(answer, question, request, patience=patience, timeout=_JUMP_SECONDS)
 
     def _phase_elsewhere(self, question: str, request: Mapping[str, Any]) -> dict[str, Any]:
         """A call of the module on the host of the inventory that looks."""
@@ -425,11 +485,12 @@ class ActionModule(ConfirmedAction):
         is_closed = destination.port in settings.protected_tcp
         if not is_closed or is_trusted(found["ssh_source"], (*settings.trusted4, *settings.trusted6)):
             return
-        if destination.proxied:
+        if destination.proxied and self._jump is None:
             raise PortknockError(
-                f"{destination.host} is reached through a ProxyJump or ProxyCommand: a knock from here would come from "
-                "another address than the connection, so the gate was not closed. Make the jump host's address one of "
-                "knock_server_trusted_sources, or run the play on the jump host."
+                f"{destination.host} is reached through a ProxyCommand, or a ProxyJump with knock_from_jump=false: a knock from "
+                "here would come from another address than the connection, so the gate was not closed. Make the jump host's "
+                "address one of knock_server_trusted_sources, go by a ProxyJump that is knocked from, or run the play on the "
+                "jump host."
             )
         if is_ssh(self._connection) and self._connection.ansible_name != _CONNECTION:
             raise PortknockError(

@@ -21,8 +21,12 @@ extends_documentation_fragment:
   - fleet.portknock.core_ssh
   - fleet.portknock.keyring
 notes:
-  - A knock must come from the address that the connection comes from. Where ssh goes through a C(ProxyJump) or a
-    C(ProxyCommand), nothing is sent from the controller, and a warning says so.
+  - A knock must come from the address that the connection comes from. Where ssh goes through a C(ProxyJump), the knock is sent
+    from the last jump host, where the account that ssh uses has to be able to run C(python3) of version 3.8 or newer. The
+    sequence goes there over standard input and is kept in memory. Whoever is root there could read it; see O(knock_from_jump).
+  - Where ssh goes through a C(ProxyCommand), nothing is sent, and a warning says so. If that is this collection's helper, it is
+    left out for a host whose sequences are known here, which is then knocked at as without it.
+  - Where the jump host runs no Python, nothing is sent either, which is all right if the gate trusts its address.
   - To see that the port has opened, the first real connection of a run to a host is preceded by one that is closed at
     once. Later ones rely on what worked and look only after ssh was refused, because OpenSSH 9.8 and newer holds
     connections that never log in against their source (C(PerSourcePenalties)).
@@ -44,6 +48,21 @@ options:
     type: string
     keyword:
       - name: delegate_to
+  knock_from_jump:
+    description:
+      - Whether to knock from the jump host where ssh goes through a C(ProxyJump).
+      - Turn it off where the jump host is one of the gate's trusted sources, which need no knock, or is not to get to know the
+        sequences.
+    type: boolean
+    default: true
+    version_added: 0.1.0
+    vars:
+      - name: knock_from_jump
+    env:
+      - name: KNOCK_FROM_JUMP
+    ini:
+      - section: portknock
+        key: from_jump
   knock_operator:
     description:
       - The operator whose sequence is sent.
@@ -110,16 +129,23 @@ from ansible.module_utils.common.text.converters import to_bytes, to_text
 from ansible.plugins.connection.ssh import Connection as CoreConnection
 from ansible.utils.display import Display
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
-    Address,
-    KnockResult,
-    knock_with_any,
-    resolve,
-    send,
+from ansible_collections.fleet.portknock.plugins.module_utils._jump import (
+    FromHere,
+    FromJump,
+    JumpError,
+    JumpHost,
+    Way,
+    jump_host,
 )
+from ansible_collections.fleet.portknock.plugins.module_utils._knocking import KnockResult, resolve
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock, parse_sequences
 from ansible_collections.fleet.portknock.plugins.module_utils._usage import Stocks, Ticket, Usage
-from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination, locate, ssh_arguments
+from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import (
+    Destination,
+    configuration_file,
+    locate,
+    ssh_arguments,
+)
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import open_keyring
 
 display = Display()
@@ -129,6 +155,9 @@ _SEQUENCES_OPTION = "knock_sequences"
 # How often what worked is sent again for a connection that was refused: another fork of this run, or whoever else shares its
 # address, may have used up what a knock opened. Once where nothing is known of a single-use gate.
 _AGAIN = {False: 1, True: 8}
+# What ssh says when a connection through a jump host was refused, or not answered, before there was a session.
+_REFUSED_BEHIND_JUMP = ("stdio forwarding failed", "timed out during banner exchange")
+_PROXY_ENDED = "kex_exchange_identification: "
 _FRESH = (b"-o", b"ControlMaster=no", b"-o", b"ControlPath=none")
 
 # How ssh ended: its code, standard output and standard error.
@@ -165,24 +194,15 @@ class HostSequences(NamedTuple):
         """Whether there is anything to knock with."""
         return bool(self.sequences or self.once)
 
-    def knock(
-        self, addresses: Sequence[Address], port: int, timeout: float, source: str | None, banner: float = 0.0
-    ) -> tuple[KnockResult, _Note | None]:
+    def knock(self, way: Way, timeout: float, banner: float = 0.0) -> tuple[KnockResult, _Note | None]:
         """Knock until the port opens.
 
         :return: how it went, and what opened; None where nothing did.
+        :raises JumpError: the jump host did not do it.
         """
         tickets = self.usage.tickets(self.once) if self.once else []
-        result = knock_with_any(
-            addresses,
-            self.sequences,
-            port,
-            timeout,
-            source=source,
-            banner=banner,
-            single_use=self.single_use,
-            once=[ticket.knocks for ticket in tickets],
-        )
+        once = [ticket.knocks for ticket in tickets]
+        result = way.knock(self.sequences, timeout, banner, self.single_use, once)
         self.usage.note(tickets, result, len(self.sequences))
         if result.address is None or result.state != "open":
             return result, None
@@ -190,30 +210,24 @@ class HostSequences(NamedTuple):
         operator = tickets[place].operator if place >= 0 else None
         return result, _Note(result.address.host, result.sequence, operator, result.gap)
 
-    def send_again(self, addresses: Sequence[Address], note: _Note, source: str | None) -> Ticket | bool:
+    def send_again(self, way: Way, note: _Note) -> Ticket | bool:
         """Send, without looking, what has opened the port, or the next of its kind where it opens once.
 
         :return: what was sent, if it is to be noted that it has opened; else whether anything was.
         :raises OSError: there is no way to the address.
+        :raises JumpError: the jump host did not do it.
         """
-        address = next((entry for entry in addresses if entry.host == note.address), None)
-        if address is None:
-            return False
         if note.operator is None:
-            send(address, self.sequences[note.sequence], note.gap, source)
-            return True
+            return way.send(note.address, self.sequences[note.sequence], note.gap)
         ticket = self.usage.take(self.once, note.operator)
-        if ticket is None:
-            return False
-        send(address, ticket.knocks, note.gap, source)
-        return ticket
+        return ticket if ticket is not None and way.send(note.address, ticket.knocks, note.gap) else False
 
 
 class _Gate(NamedTuple):
     """A closed port, and the sequences that may open it."""
 
     destination: Destination
-    addresses: list[Address]
+    way: Way
     known: HostSequences
     memory: str
 
@@ -341,12 +355,14 @@ class Connection(CoreConnection):
         gate = None if self._has_master(cmd) else self._gate()
         if gate is None:
             return super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
+        if gate.destination.instead:
+            cmd = self._with_first_options(cmd, b"-o", to_bytes(gate.destination.instead))
         run = partial(super()._bare_run, cmd, in_data, sudoable=sudoable, checkrc=checkrc)
         # A password goes through a pipe that is made with the command and serves one run only.
         has_one_run = cmd[0] == b"sshpass"
         sent = False if self.fresh or has_one_run else self._knock_as_before(gate)
         if sent:
-            result = self._unless_refused(gate, run)
+            result = self._unless_refused(gate, cmd, run)
             if result is not None:
                 self._note_opened(gate, sent)
                 return result
@@ -359,13 +375,13 @@ class Connection(CoreConnection):
             return super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
         sent = False
         for _again in range(0 if has_one_run else _AGAIN[gate.known.single_use]):
-            result = self._unless_refused(gate, run)
+            result = self._unless_refused(gate, cmd, run)
             if result is not None:
                 self._note_opened(gate, sent)
                 return result
             display.vvv("Refused after the port was open: what the knock opened was used up; knocking again", self.host)
-            with contextlib.suppress(OSError):
-                sent = gate.known.send_again(gate.addresses, opened, gate.destination.source)
+            with contextlib.suppress(OSError, JumpError):
+                sent = gate.known.send_again(gate.way, opened)
         return run()
 
     @staticmethod
@@ -374,18 +390,27 @@ class Connection(CoreConnection):
         if isinstance(sent, Ticket):
             gate.known.usage.opened(sent)
 
-    @staticmethod
-    def _unless_refused(gate: _Gate, run: Callable[[], _Ran]) -> _Ran | None:
+    def _unless_refused(self, gate: _Gate, command: list[bytes], run: Callable[[], _Ran]) -> _Ran | None:
         """Run ssh; None where the port was closed to it, so that nothing ran on the host that must not run twice."""
-        # What ssh itself says of this very port.
-        refused = f"ssh: connect to host {gate.destination.host} port {gate.destination.port}: "
         try:
             result = run()
         except AnsibleConnectionFailure as exc:
-            if refused not in str(exc):
+            if not self._is_refusal(gate, command, str(exc)):
                 raise
             return None
-        return None if result[0] == 255 and not result[1] and refused in to_text(result[2]) else result
+        silent = result[0] == 255 and not result[1]
+        return None if silent and self._is_refusal(gate, command, to_text(result[2])) else result
+
+    def _is_refusal(self, gate: _Gate, command: list[bytes], said: str) -> bool:
+        """Whether ssh says that it did not get as far as the host."""
+        if isinstance(gate.way, FromHere):
+            # What ssh itself says of this very port.
+            return f"ssh: connect to host {gate.destination.host} port {gate.destination.port}: " in said
+        if any(words in said for words in _REFUSED_BEHIND_JUMP):
+            return True
+        # Whoever makes a master silences the ssh that goes to the jump host. Where a session had begun, the master is alive.
+        makes_master, _unused = self._persistence_controls(command)
+        return makes_master and _PROXY_ENDED in said and not self._has_master(command)
 
     def _has_master(self, command: Sequence[bytes]) -> bool:
         """Does a living ControlPersist master carry this command?"""
@@ -420,20 +445,52 @@ class Connection(CoreConnection):
             return None
         try:
             destination = self.destination()
-            if destination.proxied:
-                display.warning(
-                    f"{known.host} is reached through a ProxyJump or ProxyCommand: a knock from here would come from "
-                    "the wrong address, so none is sent."
-                )
-                return None
-            addresses = resolve(destination.host, destination.port, destination.family)
+            way = self._way(known, destination)
         except PortknockError as exc:
             display.v(f"No knock: {exc}", host=known.host)
             return None
-        identity = json.dumps([*known.identity, known.host, destination.host, destination.port])
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:20]
-        memory = os.path.join(constants.DEFAULT_LOCAL_TMP, f"portknock-{digest}")
-        return _Gate(destination, addresses, known, memory)
+        if way is None:
+            return None
+        identity = [*known.identity, known.host, destination.host, destination.port, destination.jump]
+        return _Gate(destination, way, known, self._memory(identity))
+
+    def _way(self, known: HostSequences, destination: Destination) -> Way | None:
+        """Where to knock from; None where that can't be.
+
+        :raises PortknockError: the host's name does not resolve, or ssh does not say.
+        """
+        if not destination.proxied:
+            addresses = resolve(destination.host, destination.port, destination.family)
+            return FromHere(addresses, destination.port, destination.source)
+        jump = self.jump_host()
+        if jump is not None:
+            if os.path.exists(self._memory(["unable", *jump.command])):
+                return None
+            patience = float(self.get_option("timeout"))
+            return FromJump(jump, destination.host, destination.port, destination.family, patience)
+        if not destination.jump:
+            display.warning(
+                f"{known.host} is reached through a ProxyCommand: a knock from here would come from the wrong address, so none "
+                "is sent. From the jump host of a ProxyJump one would be."
+            )
+        return None
+
+    def jump_host(self) -> JumpHost | None:
+        """The last jump host on the way to the host, where knocks are to leave from there.
+
+        :raises PortknockError: ssh does not say.
+        """
+        jump = self.destination().jump
+        if not jump or not self.get_option("knock_from_jump"):
+            return None
+        config = configuration_file(ssh_arguments(self.get_option))
+        return jump_host(jump, "ProxyJump", self.get_option("ssh_executable"), config)
+
+    @staticmethod
+    def _memory(identity: Sequence[object]) -> str:
+        """A file in the run's own folder, which goes with it."""
+        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
+        return os.path.join(constants.DEFAULT_LOCAL_TMP, f"portknock-{digest}")
 
     def _knock(self, gate: _Gate) -> _Note | None:
         """Knock and look until the port opens.
@@ -441,7 +498,11 @@ class Connection(CoreConnection):
         :returns: what opened it; None where nothing did.
         """
         budget = min(self.get_option("knock_timeout"), self.get_option("timeout") / 2)
-        result, note = gate.known.knock(gate.addresses, gate.destination.port, budget, gate.destination.source)
+        try:
+            result, note = gate.known.knock(gate.way, budget)
+        except JumpError as exc:
+            self._tell(gate, exc)
+            return None
         if note is not None:
             if not os.path.exists(gate.memory):
                 self._remember(gate, note._asdict())
@@ -454,22 +515,38 @@ class Connection(CoreConnection):
             )
         return note
 
+    def _tell(self, gate: _Gate, failure: JumpError) -> None:
+        """Say why there was no knock, and remember for the run where there will never be one."""
+        if not failure.is_unable:
+            display.v(f"No knock: {failure} Connecting all the same.", host=gate.known.host)
+            return
+        jump = self.jump_host()
+        if jump is not None:
+            self._write(self._memory(["unable", *jump.command]), None)
+        display.warning(
+            f"{gate.known.host}: no knock is sent. {failure} That is all right where the jump host is one of the gate's trusted "
+            "sources (knock_server_trusted_sources); then say so by knock_from_jump=false."
+        )
+
     def _knock_as_before(self, gate: _Gate) -> Ticket | bool:
         """Send again, without looking, what opened the port earlier in this run; False where nothing is known to."""
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, JumpError):
             with open(gate.memory, encoding="ascii") as file:
                 known = json.load(file)
-            return gate.known.send_again(gate.addresses, _Note(**known), gate.destination.source)
+            return gate.known.send_again(gate.way, _Note(**known))
         return False
 
-    @staticmethod
-    def _remember(gate: _Gate, known: dict[str, object] | None) -> None:
+    def _remember(self, gate: _Gate, known: dict[str, object] | None) -> None:
         """Note for the run's later workers what opened the port, or None: that one has to look each time.
 
-        The folder is the run's own and goes with it. The note holds no secret: which sequence, not what is in it.
+        The note holds no secret: which sequence, not what is in it.
         """
-        with contextlib.suppress(OSError), open(gate.memory, "w", encoding="ascii") as file:
-            json.dump(known, file)
+        self._write(gate.memory, known)
+
+    @staticmethod
+    def _write(path: str, note: dict[str, object] | None) -> None:
+        with contextlib.suppress(OSError), open(path, "w", encoding="ascii") as file:
+            json.dump(note, file)
 
 
 __all__ = ("Connection", "HostSequences")

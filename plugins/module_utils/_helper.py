@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import os
 import socket
 import sys
@@ -20,9 +21,9 @@ import time
 from typing import NoReturn, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._helper_secrets import read_secrets
+from ansible_collections.fleet.portknock.plugins.module_utils._helper_secrets import Access, read_secrets
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import KnockResult, knock_and_connect, resolve
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._relay import relay
 from ansible_collections.fleet.portknock.plugins.module_utils._usage import Usage
 
@@ -30,6 +31,10 @@ from ansible_collections.fleet.portknock.plugins.module_utils._usage import Usag
 # exchange of banners, which ssh counts too.
 DEFAULT_TIMEOUT = 8.0
 _LONGEST_TIMEOUT = 3600.0
+_NO_KNOCKS = (
+    " Ask whoever runs the hosts: where the jump host is one of the gate's trusted sources, ssh gets through by ProxyJump alone, "
+    "without the helper."
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,6 +93,14 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_TIMEOUT,
         help="give up after this time; a little less than ssh's ConnectTimeout (default: %(default)g)",
     )
+    connect.add_argument(
+        "--jump",
+        metavar="[USER@]HOST[:PORT]",
+        help="knock and connect from this host, as ssh's ProxyJump names it, in place of the one in FILE; none: from here",
+    )
+    connect.add_argument(
+        "-F", dest="config", metavar="FILE", help="ssh's configuration file for the jump host, where not its own"
+    )
     connect.set_defaults(family="any")
     install = commands.add_parser(
         "install",
@@ -105,6 +118,26 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     return parser
+
+
+def jump_of(arguments: Sequence[str]) -> str:
+    """The jump host that the helper would go by with these arguments; empty for none.
+
+    :raises PortknockError: it would not get that far.
+    """
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            options = _parser().parse_args(arguments)
+    except SystemExit:
+        raise PortknockError(told.getvalue().strip()) from None
+    secrets = read_secrets(os.path.expanduser(options.secrets))
+    return _jump(options, secrets.find(options.host, options.port, options.name)[1])
+
+
+def _jump(options: argparse.Namespace, access: Access) -> str:
+    named: str = access.jump if options.jump is None else options.jump
+    return "" if named.lower() == "none" else named
 
 
 def _port(value: str) -> int:
@@ -135,16 +168,42 @@ def _connect(options: argparse.Namespace, begun: float) -> socket.socket:
     name, access = secrets.find(options.host, options.port, options.name)
     # A name of the file is no more than that: where it leads is in the file.
     host = access.hostname if options.host.lower() == name.lower() else options.host
-    addresses = resolve(host, options.port, options.family)
-    left = max(0.0, begun + options.timeout - time.monotonic())
     usage = Usage(f"{options.secrets}.used", access.stamp, f"{name} ")
     tickets = usage.tickets([(secrets.operator, access.one_time)]) if access.one_time else []
     once = [ticket.knocks for ticket in tickets]
-    result, sock = knock_and_connect(addresses, access.sequences, options.port, left, once=once)
+    jump = _jump(options, access)
+    deadline = begun + options.timeout
+    if jump:
+        result, sock = _from_jump(options, deadline, host, jump, access.sequences, once)
+    else:
+        addresses = resolve(host, options.port, options.family)
+        left = max(0.0, deadline - time.monotonic())
+        result, sock = knock_and_connect(addresses, access.sequences, options.port, left, once=once)
     usage.note(tickets, result, len(access.sequences))
     if sock is None:
         raise PortknockError(_explain(result, options, name, secrets.operator))
     return sock
+
+
+def _from_jump(
+    options: argparse.Namespace,
+    deadline: float,
+    host: str,
+    jump: str,
+    sequences: Sequence[Sequence[Knock]],
+    once: Sequence[Sequence[Knock]],
+) -> tuple[KnockResult, socket.socket | None]:
+    # Where nobody jumps, its modules would only take time.
+    from ansible_collections.fleet.portknock.plugins.module_utils._jump import FromJump, JumpError, jump_host
+
+    way = FromJump(
+        jump_host(jump, "--jump", config=options.config), host, options.port, options.family, options.timeout
+    )
+    try:
+        return way.connect(sequences, once, deadline)
+    except JumpError as exc:
+        advice = _NO_KNOCKS if exc.is_unable else ""
+        raise PortknockError(f"{exc}{advice}") from None
 
 
 def _explain(result: KnockResult, options: argparse.Namespace, name: str, operator: str) -> str:
@@ -162,4 +221,4 @@ def _explain(result: KnockResult, options: argparse.Namespace, name: str, operat
     )
 
 
-__all__ = ("DEFAULT_TIMEOUT", "main")
+__all__ = ("DEFAULT_TIMEOUT", "jump_of", "main")

@@ -13,14 +13,15 @@ JSON of this shape, without any other key::
     }
 
 The keys of ``hosts`` are the names that a person uses, ``hostname`` and ``port`` what ssh connects to, ``sequences``
-what opens it, likeliest first. A host with sequences that open once each has them by their ids, and format 2 says that there
-is such a host::
+what opens it, likeliest first. Format 2 says that a host has one more key. One with sequences that open once each has them by
+their ids, and one that is reached through jump hosts has these as ssh's ProxyJump takes them::
 
         "web2": {
           "hostname": "192.0.2.8",
           "port": 22,
           "sequences": [],
-          "one_time": {"stamp": "0123456789abcdef", "sequences": {"41": ["11111/tcp", "33333/udp", "22222/tcp"]}}
+          "one_time": {"stamp": "0123456789abcdef", "sequences": {"41": ["11111/tcp", "33333/udp", "22222/tcp"]}},
+          "jump": "alice@bastion.example.org:2222"
         }
 
 No error text of this module quotes the file.
@@ -40,10 +41,11 @@ from ansible_collections.fleet.portknock.plugins.module_utils._errors import Por
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
 
 FORMAT = 1
-FORMAT_WITH_ONE_TIME = 2
+FORMAT_WITH_MORE = 2
 
 _TOP_KEYS = {"format", "operator", "hosts"}
 _HOST_KEYS = {"hostname", "port", "sequences"}
+_MORE_KEYS = {"one_time", "jump"}
 _ONE_TIME_KEYS = {"stamp", "sequences"}
 _ID = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 _PRINTABLE = re.compile(r"[^\x00-\x1f\x7f]+")
@@ -52,7 +54,8 @@ _PRINTABLE = re.compile(r"[^\x00-\x1f\x7f]+")
 class Access(NamedTuple):
     """Where a host is, and what opens it: at least one sequence, likeliest first.
 
-    ``one_time`` are sequences that open once each, by id, and ``stamp`` tells these ids from those of another time.
+    ``one_time`` are sequences that open once each, by id, and ``stamp`` tells these ids from those of another time. ``jump`` is
+    the way there as ssh's ProxyJump takes it, empty where there is no host on it.
     """
 
     hostname: str
@@ -60,6 +63,7 @@ class Access(NamedTuple):
     sequences: tuple[tuple[Knock, ...], ...]
     one_time: Mapping[int, tuple[Knock, ...]] = MappingProxyType({})
     stamp: str = ""
+    jump: str = ""
 
     def to_mapping(self) -> dict[str, object]:
         """Return what the file has of it."""
@@ -71,6 +75,8 @@ class Access(NamedTuple):
         if self.one_time:
             once = {str(identity): [str(knock) for knock in knocks] for identity, knocks in self.one_time.items()}
             mapping["one_time"] = {"stamp": self.stamp, "sequences": once}
+        if self.jump:
+            mapping["jump"] = self.jump
         return mapping
 
 
@@ -83,7 +89,9 @@ class HelperSecrets(NamedTuple):
     def to_text(self) -> str:
         """Return the file's content; the same secrets give the same text."""
         content = {
-            "format": FORMAT_WITH_ONE_TIME if any(access.one_time for access in self.hosts.values()) else FORMAT,
+            "format": FORMAT_WITH_MORE
+            if any(access.one_time or access.jump for access in self.hosts.values())
+            else FORMAT,
             "operator": self.operator,
             "hosts": {name: access.to_mapping() for name, access in self.hosts.items()},
         }
@@ -130,13 +138,13 @@ def parse_secrets(text: str, path: str) -> HelperSecrets:
         raise _damaged(path, "JSON", "the content") from None
     if isinstance(data, dict) and _is_newer(data.get("format")):
         raise PortknockError(
-            f"{path}: expected a file of format {FORMAT_WITH_ONE_TIME} or before; got one of a newer format. Use the helper "
+            f"{path}: expected a file of format {FORMAT_WITH_MORE} or before; got one of a newer format. Use the helper "
             "that came with it."
         )
     if not isinstance(data, dict) or set(data) != _TOP_KEYS:
         raise _damaged(path, f"a mapping of {', '.join(sorted(_TOP_KEYS))}", "the content")
-    if data["format"] not in (FORMAT, FORMAT_WITH_ONE_TIME) or isinstance(data["format"], bool):
-        raise _damaged(path, f"{FORMAT} or {FORMAT_WITH_ONE_TIME}", "format")
+    if data["format"] not in (FORMAT, FORMAT_WITH_MORE) or isinstance(data["format"], bool):
+        raise _damaged(path, f"{FORMAT} or {FORMAT_WITH_MORE}", "format")
     if not _is_printable(data["operator"]):
         raise _damaged(path, "a name", "operator")
     hosts = data["hosts"]
@@ -191,13 +199,16 @@ def _check_private(path: str, status: os.stat_result) -> None:
 
 def _parse_access(value: object, path: str, number: int) -> Access:
     where = f"host number {number}"
-    if not isinstance(value, dict) or set(value) - {"one_time"} != _HOST_KEYS:
+    if not isinstance(value, dict) or set(value) - _MORE_KEYS != _HOST_KEYS:
         raise _damaged(path, f"a mapping of {', '.join(sorted(_HOST_KEYS))}", where)
     hostname, port, sequences = value["hostname"], value["port"], value["sequences"]
     if not _is_printable(hostname):
         raise _damaged(path, "a name or an address", f"hostname of {where}")
     if not isinstance(port, int) or isinstance(port, bool) or not 1 <= port <= HIGHEST_PORT:
         raise _damaged(path, f"a port from 1 to {HIGHEST_PORT}", f"port of {where}")
+    jump = value.get("jump", "")
+    if "jump" in value and not _is_printable(jump):
+        raise _damaged(path, "a jump host as [user@]host[:port]", f"jump of {where}")
     once, stamp = _parse_one_time(value["one_time"], path, where) if "one_time" in value else ({}, "")
     if not isinstance(sequences, list) or not (sequences or once) or not all(sequences):
         raise _damaged(path, "a list of lists of port/protocol", f"sequences of {where}")
@@ -205,7 +216,7 @@ def _parse_access(value: object, path: str, number: int) -> Access:
         knocks = tuple(parse_knocks(sequence, "sequences", secret=True) for sequence in sequences)
     except PortknockError:
         raise _damaged(path, "a list of lists of port/protocol, tcp or udp", f"sequences of {where}") from None
-    return Access(hostname, port, knocks, once, stamp)
+    return Access(hostname, port, knocks, once, stamp, jump)
 
 
 def _parse_one_time(value: object, path: str, where: str) -> tuple[dict[int, tuple[Knock, ...]], str]:
@@ -228,7 +239,7 @@ def _is_printable(value: object) -> bool:
 
 
 def _is_newer(value: object) -> bool:
-    return isinstance(value, int) and value > FORMAT_WITH_ONE_TIME
+    return isinstance(value, int) and value > FORMAT_WITH_MORE
 
 
 def _damaged(path: str, expected: str, place: str) -> PortknockError:

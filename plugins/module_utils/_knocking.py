@@ -13,13 +13,14 @@ import selectors
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 
 FAMILIES = {"any": socket.AF_UNSPEC, "inet": socket.AF_INET, "inet6": socket.AF_INET6}
+_FAMILY_NAMES = {int(number): name for name, number in FAMILIES.items()}
 
 # Back to back is the hardest to disturb; 20 ms apart, packets no longer overtake each other on real paths; then slower.
 GAPS = (0.0, 0.02, 0.2)
@@ -64,6 +65,16 @@ class Address(NamedTuple):
         """The same address with another port."""
         return Address(self.family, (self.sockaddr[0], port, *self.sockaddr[2:]))
 
+    def packed(self) -> list[Any]:
+        """The address as JSON carries it to another machine."""
+        # Families by name: systems number them differently.
+        return [_FAMILY_NAMES[self.family], *self.sockaddr]
+
+    @classmethod
+    def unpacked(cls, item: Sequence[Any]) -> Address:
+        """What :meth:`packed` made, on this machine."""
+        return cls(FAMILIES[item[0]], tuple(item[1:]))
+
 
 class Probe(NamedTuple):
     """What one look at a port showed.
@@ -96,6 +107,15 @@ class KnockResult(NamedTuple):
     error: str = ""
     banner: str = ""
     sent_once: int = 0
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The result as JSON carries it to another machine."""
+        return {**self._asdict(), "address": self.address and self.address.packed()}
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> KnockResult:
+        """What :meth:`to_mapping` made, on this machine."""
+        return cls(**{**mapping, "address": mapping["address"] and Address.unpacked(mapping["address"])})
 
 
 class _Try(NamedTuple):

@@ -4,8 +4,7 @@
 
 from __future__ import annotations
 
-import ipaddress
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional
 
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import Nftables, back_end
 from ansible_collections.fleet.portknock.plugins.module_utils._changes import (
@@ -25,6 +24,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
     ssh_session,
     tcp_listeners,
 )
+from ansible_collections.fleet.portknock.plugins.module_utils._proof import is_trusted
 from ansible_collections.fleet.portknock.plugins.module_utils._shutting import find, numbers_of, preview, shut
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
@@ -162,15 +162,4 @@ def run_phase(
     return run_change(phase, change, host.trial, str(payload["run"]), check_mode)
 
 
-def is_trusted(address: Optional[str], trusted: Sequence[str]) -> bool:
-    """Whether a gate with these trusted sources (CIDRs) lets the address in without a knock."""
-    if not address:
-        return False
-    source = ipaddress.ip_address(address)
-    return any(
-        source.version == network.version and source in network
-        for network in (ipaddress.ip_network(text, strict=False) for text in trusted)
-    )
-
-
-__all__ = ("GateChange", "is_trusted", "run_phase")
+__all__ = ("GateChange", "run_phase")

@@ -9,6 +9,7 @@ before; so every look is a packet of its own.
 
 from __future__ import annotations
 
+import ipaddress
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,6 @@ from typing import Any
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
-    FAMILIES,
     Address,
     Probe,
     knock_with_any,
@@ -26,7 +26,6 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     probe_udp,
     resolve,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._phases import is_trusted
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
 
 # Longer than the kernel waits before it repeats a SYN (1 s), so that one lost packet doesn't look like silence.
@@ -40,7 +39,6 @@ _EXPECTED = {
     "drop": {"tcp": "filtered", "udp": "silent"},
     "reset": {"tcp": "reset", "udp": "refused"},
 }
-_FAMILY_NAMES: Mapping[int, str] = {number: name for name, number in FAMILIES.items()}
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,9 @@ def _scout(request: Mapping[str, Any]) -> dict[str, Any]:
     :raises PortknockError: no address leads from here to the host.
     """
     place, port = request["place"], request["port"]
-    named = [_unpacked(item) for item in request["addresses"]] or resolve(request["host"], port, request["family"])
+    named = [Address.unpacked(item) for item in request["addresses"]] or resolve(
+        request["host"], port, request["family"]
+    )
     addresses = named
     if place:
         # The controller's interfaces mean nothing here, and neither does what is an address of this very host.
@@ -120,8 +120,8 @@ def _scout(request: Mapping[str, Any]) -> dict[str, Any]:
             )
     others = _further_addresses(addresses, request["further"])
     return {
-        "addresses": [_packed(address) for address in addresses],
-        "others": [_packed(address) for address in others],
+        "addresses": [address.packed() for address in addresses],
+        "others": [address.packed() for address in others],
         "sources": _sources_towards([*addresses, *others]),
     }
 
@@ -143,7 +143,7 @@ def _prove_removed(request: Mapping[str, Any]) -> dict[str, Any]:
     :param request: ``addresses`` as the scout gave them, ``place``, and ``timeout`` in seconds.
     :raises PortknockError: it does not.
     """
-    addresses = [_unpacked(item) for item in request["addresses"]]
+    addresses = [Address.unpacked(item) for item in request["addresses"]]
     seen = [probe(address, request["timeout"]) for address in addresses]
     if not any(look.state == "open" for look in seen):
         raise PortknockError(
@@ -183,8 +183,8 @@ def prove(subject: Subject, knocks: Sequence[Knock], once: Sequence[Sequence[Kno
 
 
 def _subject_of(request: Mapping[str, Any]) -> Subject:
-    addresses = [_unpacked(item) for item in request["addresses"]]
-    others = [_unpacked(item) for item in request["others"]]
+    addresses = [Address.unpacked(item) for item in request["addresses"]]
+    others = [Address.unpacked(item) for item in request["others"]]
     protected = parse_knocks(request["protected"], "protected")
     protected_tcp = {knock.port for knock in protected if knock.proto == "tcp"}
     port = addresses[0].port
@@ -310,16 +310,7 @@ def packed_addresses(host: str, port: int, family: str) -> list[list[Any]]:
 
     :raises PortknockError: a name that does not resolve.
     """
-    return [_packed(address) for address in resolve(host, port, family)]
-
-
-def _packed(address: Address) -> list[Any]:
-    # Families by name: systems number them differently.
-    return [_FAMILY_NAMES[address.family], *address.sockaddr]
-
-
-def _unpacked(item: Sequence[Any]) -> Address:
-    return Address(FAMILIES[item[0]], tuple(item[1:]))
+    return [address.packed() for address in resolve(host, port, family)]
 
 
 def _further_addresses(addresses: Sequence[Address], texts: Sequence[str]) -> list[Address]:
@@ -366,6 +357,17 @@ def _view(address: Address, place: str) -> str:
     return f"{source} on {place}" if place else source
 
 
+def is_trusted(address: str | None, trusted: Sequence[str]) -> bool:
+    """Whether a gate with these trusted sources (CIDRs) lets the address in without a knock."""
+    if not address:
+        return False
+    source = ipaddress.ip_address(address)
+    return any(
+        source.version == network.version and source in network
+        for network in (ipaddress.ip_network(text, strict=False) for text in trusted)
+    )
+
+
 def local_address(address: Address) -> str:
     """The address that packets to the host leave from, empty where there is no way to it."""
     with socket.socket(address.family, socket.SOCK_DGRAM) as sock:
@@ -376,4 +378,4 @@ def local_address(address: Address) -> str:
         return str(sock.getsockname()[0])
 
 
-__all__ = ("QUESTIONS", "Proof", "Subject", "answer", "local_address", "packed_addresses", "prove")
+__all__ = ("QUESTIONS", "Proof", "Subject", "answer", "is_trusted", "local_address", "packed_addresses", "prove")

@@ -15,7 +15,7 @@ from typing import Callable
 _CHUNK = 65536
 
 
-def relay(sock: socket.socket, source: int = 0, sink: int = 1) -> OSError | None:
+def relay(sock: socket.socket, source: int = 0, sink: int = 1, hang_up: bool = False) -> OSError | None:
     """Carry both ways until both have ended, or nothing more can come.
 
     The end of one way is passed on and leaves the other alone. What can't be written yet isn't read either. The sink is
@@ -23,6 +23,7 @@ def relay(sock: socket.socket, source: int = 0, sink: int = 1) -> OSError | None
 
     :param source: descriptor of what is to be sent.
     :param sink: descriptor for what is received.
+    :param hang_up: nothing more is to be sent, either, once the connection has ended: for a sink by whose end nobody is told.
     :return: what broke the connection; None where nothing did, or this side had said all that it wanted.
     """
     # A thread for each way, because only a socket can be made non-blocking without doing it to whoever shares a terminal
@@ -61,7 +62,7 @@ def relay(sock: socket.socket, source: int = 0, sink: int = 1) -> OSError | None
         threading.Thread(target=carry, args=way, daemon=True).start()
     failures: dict[str, OSError | None] = {}
     # Where sending fails, what has been received is still carried on; where receiving fails, there is nothing to wait for.
-    while len(failures) < len(ways) and failures.get("in") is None:
+    while len(failures) < len(ways) and failures.get("in") is None and not (hang_up and "in" in failures):
         way_ended, failure = ended.get()
         failures[way_ended] = failure
     if said_all.is_set():

@@ -67,7 +67,8 @@ options:
     default: 60
   proof:
     description:
-      - Where the proof is made from. V(outside) is the controller, or the host of O(prove_from). V(host) is a temporary network
+      - Where the proof is made from. V(outside) is the controller, the last jump host of a C(ProxyJump), or the host of
+        O(prove_from). V(host) is a temporary network
         namespace on the gate's own host. See the role's variable knock_server_proof.
     type: str
     choices: [outside, host]
@@ -155,7 +156,9 @@ proof:
   type: dict
   contains:
     seen_from:
-      description: Name of the host that looked, the gate's own with O(proof=host); empty for the controller.
+      description:
+        - Name of the host that looked, the gate's own with O(proof=host), a jump host's as ssh names it.
+        - Empty for the controller.
       type: str
     closed:
       description: For each address and protected port what a connection without the knock met, and what a closed port showed.

@@ -8,14 +8,21 @@ outcome without connecting.
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._helper import jump_of
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import FAMILIES
+
+# What ssh replaces in a ProxyJump; -G prints it as it is written.
+_TOKEN = re.compile("%.")
+# The helper, where something else, such as an interpreter, may begin it.
+_HELPER = re.compile(r"(?:^|/)portknock$")
 
 
 @dataclass(frozen=True)
@@ -23,8 +30,10 @@ class Destination:
     """What ssh would connect to.
 
     ``host`` is the name or address after ssh's configuration, ``family`` any, inet or inet6. ``proxied`` is True where
-    a ProxyJump or ProxyCommand stands between, so that this machine's packets would come from the wrong address.
-    ``source`` is ssh's BindAddress and ``control_path`` its ControlPath, or None. ``user`` logs in.
+    a ProxyJump or ProxyCommand stands between, so that this machine's packets would come from the wrong address; ``jump`` is
+    that ProxyJump, or empty. ``instead`` is an option that ssh has to be given first for all this to be so, where its
+    configuration runs our helper, which would knock again; or empty. ``source`` is ssh's BindAddress and ``control_path`` its
+    ControlPath, or None. ``user`` logs in.
     """
 
     host: str
@@ -34,6 +43,8 @@ class Destination:
     source: str | None = None
     control_path: str | None = None
     user: str = ""
+    jump: str = ""
+    instead: str = ""
 
 
 def ssh_arguments(option: Callable[[str], Any]) -> list[str]:
@@ -49,6 +60,15 @@ def ssh_arguments(option: Callable[[str], Any]) -> list[str]:
     for name in ("ssh_common_args", "ssh_extra_args"):
         arguments += shlex.split(option(name) or "")
     return arguments
+
+
+def configuration_file(arguments: Sequence[str]) -> str | None:
+    """The configuration file that ssh's arguments name, which is all of them that ssh tells to a jump host's ssh, too."""
+    chosen = None
+    for index, argument in enumerate(arguments):
+        if argument.startswith("-F"):
+            chosen = argument[2:] or next(iter(arguments[index + 1 :]), None)
+    return chosen
 
 
 def locate(executable: str, arguments: Sequence[str], host: str, timeout: float) -> Destination:
@@ -72,11 +92,32 @@ def locate(executable: str, arguments: Sequence[str], host: str, timeout: float)
     if finished.returncode != 0:
         lines = finished.stderr.strip().splitlines() or [f"return code {finished.returncode}"]
         raise PortknockError(f"ssh_executable: expected {executable!r} to answer -G; got {lines[-1]!r}.")
-    return read_configuration(finished.stdout)
+    found, command = read_configuration(finished.stdout)
+    tokens = {"%%": "%", "%h": found.host, "%n": host, "%p": str(found.port), "%r": found.user}
+
+    def expanded(text: str) -> str:
+        return _TOKEN.sub(lambda token: tokens.get(token[0], token[0]), text)
+
+    return _past_helper(replace(found, jump=expanded(found.jump)), expanded(command))
 
 
-def read_configuration(text: str) -> Destination:
-    """Read the output of ``ssh -G``.
+def _past_helper(found: Destination, command: str) -> Destination:
+    """The same way without our own helper, where that is all that a ProxyCommand runs."""
+    try:
+        words = shlex.split(command)
+        place = next((index for index, word in enumerate(words[:-1]) if _HELPER.search(word)), None)
+        if place is None or words[place + 1] != "connect":
+            return found
+        jump = jump_of(words[place + 1 :])
+    except (ValueError, PortknockError):
+        # What the helper itself will have to say of that is for ssh's error.
+        return found
+    instead = f"ProxyJump={jump}" if jump else "ProxyCommand=none"
+    return replace(found, proxied=bool(jump), jump=jump, instead=instead)
+
+
+def read_configuration(text: str) -> tuple[Destination, str]:
+    """Read the output of ``ssh -G``: where it goes, and its ProxyCommand, empty for none.
 
     :raises PortknockError: no host name or no port in it.
     """
@@ -92,7 +133,7 @@ def read_configuration(text: str) -> Destination:
     host, port, family = given("hostname"), settings.get("port", ""), settings.get("addressfamily", "any")
     if host is None or not port.isdigit() or family not in FAMILIES:
         raise PortknockError("ssh_executable: expected hostname, port and addressfamily from -G; got something else.")
-    return Destination(
+    destination = Destination(
         host=host,
         port=int(port),
         family=family,
@@ -100,7 +141,9 @@ def read_configuration(text: str) -> Destination:
         source=given("bindaddress"),
         control_path=given("controlpath"),
         user=settings.get("user", ""),
+        jump=given("proxyjump") or "",
     )
+    return destination, given("proxycommand") or ""
 
 
-__all__ = ("Destination", "locate", "read_configuration", "ssh_arguments")
+__all__ = ("Destination", "configuration_file", "locate", "read_configuration", "ssh_arguments")

@@ -15,10 +15,13 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 _MODULES = (
+    "_arrival",
     "_client",
     "_errors",
     "_helper",
     "_helper_secrets",
+    "_jump",
+    "_jumped",
     "_knocking",
     "_ports",
     "_relay",

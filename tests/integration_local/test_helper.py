@@ -411,13 +411,22 @@ def test_ansible_without_our_connection(desk: Desk) -> None:
     assert not acc.SECRETS.search(outcome.output)
 
 
-@pytest.mark.parametrize(("option", "connections"), [("none", 2), (None, 1)])
-def test_beside_our_connection(desk: Desk, option: str | None, connections: int) -> None:
-    """An administrator's own ssh_config has the helper: either knocks, and never both."""
-    arguments = [f"--ssh-common-args=-o ProxyCommand={option}"] if option else []
-    outcome = desk.lab.adhoc("-m", "raw", "-a", "true", *arguments, ANSIBLE_SSH_ARGS=f"-F {desk.config}")
+def test_beside_our_connection(desk: Desk) -> None:
+    """An administrator's own ssh_config has the helper: the connection knocks in its place, and never both."""
+    # So that the helper would not get in.
+    desk.keep(acc.operator(acc.STALE))
+    outcome = desk.lab.adhoc("-m", "raw", "-a", "true", ANSIBLE_SSH_ARGS=f"-F {desk.config}")
     assert outcome.code == 0, outcome.output
-    assert (desk.lab.knocks, desk.lab.count("connections")) == (1, connections)
+    # The look, and ssh's own.
+    assert (desk.lab.knocks, desk.lab.count("connections")) == (1, 2)
+    assert "WARNING" not in outcome.output
+
+
+def test_beside_our_connection_without_a_keyring(desk: Desk) -> None:
+    desk.lab.keep().unlink()
+    outcome = desk.lab.adhoc("-m", "raw", "-a", "true", ANSIBLE_SSH_ARGS=f"-F {desk.config}")
+    assert outcome.code == 0, outcome.output
+    assert (desk.lab.knocks, desk.lab.count("connections")) == (1, 1)
 
 
 @pytest.mark.parametrize("persist", [True, False])

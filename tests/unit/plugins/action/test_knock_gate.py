@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 from ansible.errors import AnsibleConnectionFailure
+from ansible_collections.fleet.portknock.plugins.action import knock_gate
 from ansible_collections.fleet.portknock.plugins.action.knock_gate import ActionModule
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._jump import JumpError
+from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination
 
 OUTCOME = {"source_trusted": True, "ports_in_use": [], "listeners": {}}
 
@@ -86,3 +89,102 @@ def test_what_the_host_could_not_see() -> None:
         PortknockError, match=r"^knock_server_proof: expected a network namespace on web1 .* it is not: gone"
     ):
         asking._ask("prove", {})
+
+
+BEHIND = Destination("web1", 22, proxied=True, jump="bastion")
+FOUND = {"ssh_source": "192.0.2.9"}
+
+
+class Jumping(Asking):
+    """The same, where ssh goes through a jump host; ``told`` are its answers, in order."""
+
+    def __init__(
+        self, *told: Any, answers: tuple[Any, ...] = (), protected: int = 22, trusted: str = "", **arguments: str
+    ):
+        super().__init__(*answers, **arguments)
+        self.told = list(told)
+        self.asked_there: list[tuple[str, Any]] = []
+        settings = SimpleNamespace(protected_tcp=(protected,), trusted4=[trusted] if trusted else [], trusted6=[])
+        self._connection = SimpleNamespace(transport="ssh")
+        self._choose_jump(settings, BEHIND, FOUND)  # type: ignore[arg-type]
+
+    name = "bastion"
+
+    def jump_host(self) -> Any:
+        return self
+
+    def _phase_elsewhere(self, question: str, request: Any) -> dict[str, Any]:
+        return self._phase(question, request)
+
+    def get_option(self, name: str) -> int:
+        assert name == "timeout"
+        return 10
+
+    def ask(self, _function: Any, question: str, request: Any, **_seconds: float) -> dict[str, Any]:
+        self.asked_there.append((question, request))
+        answer: Any = self.told.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return dict(answer)
+
+
+@pytest.fixture(autouse=True)
+def connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knock_gate, "knock_ssh_of", lambda action, _variables: action)
+
+
+def test_a_jump_host_looks() -> None:
+    asking = Jumping({"sources": ["192.0.2.9"]}, {"closed": [1], "opened": [2], "notes": []})
+    view = asking._view(BEHIND, ["2001:db8::1"])
+    assert view == {"sources": ["192.0.2.9"]}
+    seen = asking._prove(view, {"knocks": []}, OUTCOME)
+    assert seen == {"seen_from": "bastion", "closed": [1], "opened": [2], "notes": []}
+    (scout, asked), (prove, request) = asking.asked_there
+    assert (scout, prove) == ("scout", "prove")
+    # The name is the jump host's to resolve; whether the connection's source is trusted says so of what is seen from there.
+    assert (asked["addresses"], asked["further"], asked["place"]) == ([], ["2001:db8::1"], "the jump host bastion")
+    assert request["source_trusted"] is True
+    assert asking.asked == []
+
+
+def test_what_the_jump_host_saw() -> None:
+    asking = Jumping({"problem": "no way."}, {"problem": "Not opened."}, JumpError("It broke off."))
+    with pytest.raises(PortknockError, match=r"^ProxyJump: no way\.$"):
+        asking._ask("scout", {})
+    for says in (r"^Not opened\.$", r"^It broke off\.$"):
+        with pytest.raises(PortknockError, match=says):
+            asking._ask("prove", {})
+
+
+@pytest.mark.parametrize("place", ["", "eye"])
+def test_a_jump_host_that_can_not_knock_where_it_has_to(place: str) -> None:
+    asking = Jumping(JumpError("It can't knock.", is_unable=True), prove_from=place)
+    with pytest.raises(PortknockError) as caught:
+        asking._view(BEHIND, [])
+    assert str(caught.value).startswith(
+        "It can't knock. The connection that confirms the gate, and all that follow, would"
+    )
+    assert "knock_server_trusted_sources" in str(caught.value)
+    assert "knock_server_prove_from" in str(caught.value)
+    assert asking.asked == []
+
+
+def test_a_jump_host_that_need_not_knock() -> None:
+    """The gate protects something else."""
+    asking = Jumping(JumpError("It can't knock.", is_unable=True), protected=443)
+    assert asking._view(BEHIND, []) is None
+    note = "Not proved from outside: the host is reached through a ProxyJump or ProxyCommand. It can't knock."
+    assert asking._prove(None, {"knocks": []}, OUTCOME)["notes"] == [note]
+
+
+def test_another_host_looks_and_the_jump_host_only_has_to_be_able_to() -> None:
+    asking = Jumping({}, answers=({"sources": ["192.0.2.5"]},), prove_from="eye")
+    assert asking._view(BEHIND, []) == {"sources": ["192.0.2.5"]}
+    assert [question for question, _request in asking.asked_there] == ["scout"]
+    assert asking._place == "eye"
+
+
+def test_a_jump_host_that_is_trusted_is_asked_nothing() -> None:
+    asking = Jumping(trusted="192.0.2.0/24")
+    assert asking._view(BEHIND, []) is None
+    assert asking.asked_there == []

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from pathlib import Path
@@ -85,6 +86,10 @@ def test_a_knock_that_does_not_open(file: str, capfd: pytest.CaptureFixture[str]
         (("192.0.2.1", "22"), "HOST: expected a host that the file of secrets knows; got '192.0.2.1'."),
         (("web1", "22", "-6"), "host: expected a name or an address that resolves; got '127.0.0.1': "),
         (("no..name", "22", "--name", "web1"), "host: expected a name or an address that resolves; got 'no..name': "),
+        (
+            ("web1", "22", "--jump", "a b"),
+            "--jump: expected a jump host as [user@]host[:port], as ssh's ProxyJump takes it",
+        ),
         (("web1", "22", "--name", "web2"), "--name: expected the name of a host in the file of secrets; got 'web2'."),
     ],
 )
@@ -92,6 +97,51 @@ def test_says_what_is_wrong(
     file: str, arguments: tuple[str, ...], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert said(["connect", "--secrets", file, *arguments], capfd).startswith(message)
+
+
+@pytest.fixture
+def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What is run for ssh: it notes its arguments, and then does what its file says."""
+    program = tmp_path / "bin" / "ssh"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/arguments\n. {tmp_path}/then\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    return tmp_path / "then"
+
+
+@pytest.mark.parametrize(
+    ("kept", "options", "reached"),
+    [
+        ("alice@one:2222", (), "-l alice -p 2222 -- one"),
+        ("one", ("--jump", "a,b", "-F", "other"), "-J a -F other -- b"),
+        ("", ("--jump", "two"), "-- two"),
+    ],
+)
+def test_from_a_jump_host(
+    tmp_path: Path, ssh: Path, capfd: pytest.CaptureFixture[str], kept: str, options: tuple[str, ...], reached: str
+) -> None:
+    ssh.write_text("exit 1\n")
+    path = tmp_path / "kept.json"
+    path.write_text(HelperSecrets("alice", {"web1": Access("192.0.2.1", 22, (SEQUENCE,), jump=kept)}).to_text())
+    path.chmod(0o600)
+    text = said(["connect", "web1", "22", "--secrets", str(path), *options], capfd)
+    assert "can't knock: expected a shell there that runs `python3`" in text
+    assert "where the jump host is one of the gate's trusted sources" in text
+    assert f" {reached} python3 -IBSc" in (tmp_path / "arguments").read_text()
+
+
+def test_what_the_jump_host_sees(ssh: Path, file: str, capfd: pytest.CaptureFixture[str]) -> None:
+    ssh.write_text('for last; do :; done; exec sh -c "$last"\n')
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = str(closed.getsockname()[1])
+        text = said(["connect", "web1", port, "--secrets", file, "--jump", "one", "--timeout", "3"], capfd)
+    assert text.startswith(f"The knock did not open port {port} of web1 (127.0.0.1): reset after ")
+    text = said(["connect", "no..name", "22", "--name", "web1", "--secrets", file, "--jump", "one"], capfd)
+    assert text.startswith(
+        "Seen from the jump host one: host: expected a name or an address that resolves; got 'no..name'"
+    )
 
 
 def test_the_connection_is_set_up_as_ssh_does(

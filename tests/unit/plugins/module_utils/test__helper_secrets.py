@@ -57,6 +57,13 @@ def test_the_format_is_as_documented() -> None:
     assert text.endswith("}\n")
 
 
+def test_a_host_behind_a_jump_host() -> None:
+    jump = "alice@bastion.example.org:2222"
+    secrets = HelperSecrets("alice", {"web1": Access("192.0.2.7", 22, (FIRST,), jump=jump)})
+    assert json.loads(secrets.to_text()) == written(format=2, jump=jump)
+    assert parse_secrets(secrets.to_text(), "FILE") == secrets
+
+
 @pytest.mark.parametrize(
     ("content", "place"),
     [
@@ -81,6 +88,9 @@ def test_the_format_is_as_documented() -> None:
         (written(port=65536), "a port from 1 to 65535 as port of host number 1"),
         (written(port=True), "a port from 1 to 65535 as port of host number 1"),
         (written(port="11111"), "a port from 1 to 65535 as port of host number 1"),
+        (written(jump=""), "a jump host as [user@]host[:port] as jump of host number 1"),
+        (written(jump=["11111/tcp"]), "a jump host as [user@]host[:port] as jump of host number 1"),
+        (written(jump="11111/tcp\n"), "a jump host as [user@]host[:port] as jump of host number 1"),
         (written(sequences=None), "a mapping of hostname, port, sequences as host number 1"),
         (written(sequences=[]), "a list of lists of port/protocol as sequences of host number 1"),
         (written(sequences=[[]]), "a list of lists of port/protocol as sequences of host number 1"),

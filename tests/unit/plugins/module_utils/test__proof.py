@@ -172,7 +172,7 @@ def test_a_removal(network: Network) -> None:
 
 def test_families_travel_by_name() -> None:
     assert _proof.packed_addresses("::1", SSH, "inet6") == [["inet6", "::1", SSH, 0, 0]]
-    assert _proof._unpacked(["inet6", "::1", SSH, 0, 0]) == Address(socket.AF_INET6, ("::1", SSH, 0, 0))
+    assert Address.unpacked(["inet6", "::1", SSH, 0, 0]) == Address(socket.AF_INET6, ("::1", SSH, 0, 0))
 
 
 def test_each_family_uses_a_sequence_of_its_own_where_each_opens_once(network: Network) -> None:

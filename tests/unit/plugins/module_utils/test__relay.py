@@ -30,10 +30,11 @@ class Ends:
         self.source, self.writer = os.pipe()
         self.reader, self.sink = os.pipe()
         self.failure: OSError | None = None
+        self.hang_up = False
         self.thread = threading.Thread(target=self._relay, daemon=True)
 
     def _relay(self) -> None:
-        self.failure = relay(self.near, self.source, self.sink)
+        self.failure = relay(self.near, self.source, self.sink, self.hang_up)
 
     def start(self) -> None:
         self.thread.start()
@@ -102,6 +103,27 @@ def test_an_end_from_there_leaves_the_other_way_open(ends: Ends) -> None:
     os.close(ends.writer)
     assert all_from(ends.far) == b"question"
     assert ends.finish() is None
+
+
+def test_an_end_from_there_that_ends_all(ends: Ends) -> None:
+    ends.hang_up = True
+    ends.start()
+    ends.far.sendall(b"all")
+    ends.far.close()
+    # Nobody has ended the other way.
+    assert ends.finish() is None
+    assert all_of(ends.reader) == b"all"
+
+
+def test_an_end_from_here_that_is_answered(ends: Ends) -> None:
+    ends.hang_up = True
+    ends.start()
+    os.close(ends.writer)
+    assert ends.goes_on()
+    ends.far.sendall(b"answer")
+    ends.far.close()
+    assert ends.finish() is None
+    assert all_of(ends.reader) == b"answer"
 
 
 def test_what_nobody_takes_yet_waits(ends: Ends) -> None:

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._helper_secrets import Access, HelperSecrets
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import (
     Destination,
+    configuration_file,
     locate,
     read_configuration,
     ssh_arguments,
@@ -29,6 +32,11 @@ Host shop
   ControlPath /tmp/%h-%p
 Host far
   ProxyJump bastion
+Host near
+  HostName %h.example.org
+  User carol
+  Port 2200
+  ProxyJump first@bastion:2201,%r@%h-%n-%p-%%
 Host piped
   ProxyCommand nc %h %p
 Host direct
@@ -65,6 +73,71 @@ def test_an_alias(tmp_path: Path) -> None:
 )
 def test_proxies(tmp_path: Path, arguments: tuple[str, ...], proxied: bool) -> None:
     assert where(tmp_path, *arguments).proxied is proxied
+
+
+@needs_ssh
+@pytest.mark.parametrize(
+    ("arguments", "jump"),
+    [
+        (("far",), "bastion"),
+        (("near",), "first@bastion:2201,carol@near.example.org-near-2200-%"),
+        (("piped",), ""),
+        (("direct",), ""),
+        (("-J", "alice@[2001:db8::7]:22,bastion", "192.0.2.1"), "alice@[2001:db8::7]:22,bastion"),
+        (("-o", "ProxyJump=other", "far"), "other"),
+        (("-o", "ProxyCommand=none", "far"), ""),
+    ],
+)
+def test_jump_hosts(tmp_path: Path, arguments: tuple[str, ...], jump: str) -> None:
+    assert where(tmp_path, *arguments).jump == jump
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> Path:
+    knocks = ((Knock(41873, "tcp"), Knock(60291, "tcp")),)
+    hosts = {"web1": Access("192.0.2.1", 22, knocks), "web2": Access("192.0.2.2", 22, knocks, jump="bastion")}
+    path = tmp_path / "secrets.json"
+    path.write_text(HelperSecrets("alice", hosts).to_text())
+    path.chmod(0o600)
+    return path
+
+
+@needs_ssh
+@pytest.mark.parametrize(
+    ("command", "host", "instead"),
+    [
+        ("~/.local/bin/portknock connect --secrets FILE %h %p", "192.0.2.1", "ProxyCommand=none"),
+        ("portknock connect --secrets FILE %h %p --name web1", "198.51.100.1", "ProxyCommand=none"),
+        ("exec python3 -S /opt/portknock connect --secrets FILE %h %p", "192.0.2.2", "ProxyJump=bastion"),
+        ("portknock connect --secrets FILE --jump a,b %h %p", "192.0.2.2", "ProxyJump=a,b"),
+        ("portknock connect --secrets FILE --jump none %h %p", "192.0.2.2", "ProxyCommand=none"),
+        # What is not known to lead to the same place stays as it is.
+        ("portknock connect --secrets FILE %h %p", "198.51.100.1", ""),
+        ("portknock connect --secrets /nonexistent %h %p", "192.0.2.1", ""),
+        ("portknock connect --secrets FILE %h %p | tee log", "192.0.2.1", ""),
+        ("other-portknock connect --secrets FILE %h %p", "192.0.2.1", ""),
+        ("nc portknock", "192.0.2.1", ""),
+    ],
+)
+def test_our_own_helper(tmp_path: Path, secrets: Path, command: str, host: str, instead: str) -> None:
+    seen = where(tmp_path, "-o", f"ProxyCommand={command.replace('FILE', str(secrets))}", host)
+    assert seen.instead == instead
+    assert seen.jump == instead.partition("ProxyJump=")[2]
+    assert seen.proxied is (instead != "ProxyCommand=none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        ([], None),
+        (["-o", "User=F", "-4"], None),
+        (["-F", "one", "-v"], "one"),
+        (["-Fone", "-F", "two"], "two"),
+        (["-F"], None),
+    ],
+)
+def test_the_configuration_file(arguments: list[str], file: str | None) -> None:
+    assert configuration_file(arguments) == file
 
 
 @needs_ssh

@@ -115,12 +115,14 @@ class ActionModule(ActionBase):
         reason = why_not(secrets, operator, now)
         if reason is not None:
             return reason
-        destination = knock_ssh_of(other, variables).destination()
+        ssh = knock_ssh_of(other, variables)
+        destination = ssh.destination()
         hostname, port = own("knock_client_hostname"), own("knock_client_port")
-        if destination.proxied and not hostname:
+        jump = str(own("knock_client_jump") or destination.jump)
+        if destination.proxied and not destination.jump and not hostname and not jump:
             self._warnings.append(
-                f"{host}: ssh on the controller goes through a ProxyJump or ProxyCommand, which the bundle knows nothing of: it "
-                f"leads to {destination.host} directly. Set knock_client_hostname to where people's ssh goes."
+                f"{host}: ssh on the controller goes through a ProxyCommand, which the bundle knows nothing of: it leads to "
+                f"{destination.host} directly. Set knock_client_hostname or knock_client_jump to where people's ssh goes."
             )
         return Target(
             secrets,
@@ -129,6 +131,8 @@ class ActionModule(ActionBase):
             destination.family,
             str(own("knock_client_remote_user") or ""),
             given,
+            "" if jump.lower() == "none" else jump,
+            not ssh.get_option("knock_from_jump"),
         )
 
     @staticmethod

@@ -181,7 +181,10 @@ def describe(contents: Mapping[str, bytes], former: Optional[Mapping[str, bytes]
         for name, access in secrets.hosts.items():
             number = f"{len(access.sequences)} reusable, {len(access.one_time)} one-time"
             changed = before is not None and name in before.hosts and before.hosts[name] != access
-            lines.append(f"  {name}: {access.hostname} port {access.port}, {number}{', changed' if changed else ''}")
+            way = f" from {access.jump}" if access.jump else ""
+            lines.append(
+                f"  {name}: {access.hostname} port {access.port}{way}, {number}{', changed' if changed else ''}"
+            )
     lines.append("files:")
     lines += [f"  {name}: {len(contents[name])} bytes{mark(name)}" for name in sorted(contents)]
     if CONFIG in contents:

@@ -55,7 +55,8 @@ options:
     default: ""
 notes:
   - Where people's ssh goes is what ssh on the controller says of the host (C(ssh -G)), so that aliases which only the
-    controller knows are resolved. The variables C(knock_client_hostname) and C(knock_client_port) of a host say otherwise.
+    controller knows are resolved, with the jump hosts on the way. The variables C(knock_client_hostname), C(knock_client_port)
+    and C(knock_client_jump) of a host say otherwise.
   - The bundle names no user unless the host's variable C(knock_client_remote_user) does. Ansible's own is not a person's.
 seealso:
   - module: fleet.portknock.knock_client

@@ -61,7 +61,8 @@ class Target(NamedTuple):
     """A host: its secrets, and where an operator's ssh goes.
 
     ``family`` is any, inet or inet6, ``user`` who logs in, empty where ssh decides, and ``given`` the sequences that the
-    inventory gives, which the keyring may not know yet, newest first.
+    inventory gives, which the keyring may not know yet, newest first. ``jump`` is the way there as ssh's ProxyJump takes it,
+    empty for none; the knock leaves from there, unless ``jump_alone`` says that nobody who comes from there needs one.
     """
 
     secrets: HostSecrets
@@ -70,6 +71,8 @@ class Target(NamedTuple):
     family: str = "any"
     user: str = ""
     given: Sequence[tuple[Knock, ...]] = ()
+    jump: str = ""
+    jump_alone: bool = False
 
 
 def bundle(operator: str, targets: Iterable[Target]) -> HelperSecrets:
@@ -163,6 +166,9 @@ def ssh_config(operator: str, folder: str, targets: Iterable[Target]) -> str:
             lines.append(f"  User {_word(target.user, f'knock_client_remote_user of {name}', 'the name of a user')}")
         if target.family != "any":
             lines.append(f"  AddressFamily {target.family}")
+        if target.jump and target.jump_alone:
+            lines.append(f"  ProxyJump {_jump(target.jump, name)}")
+            continue
         lines.append(
             f"  ProxyCommand {place}/{PROGRAM} connect --secrets {place}/{SECRETS} {_OPTIONS.get(target.family, '')}"
             f"--name {_escaped(shlex.quote(name))} %h %p"
@@ -292,7 +298,8 @@ def _access(target: Target, operator: str) -> Access:
     once = {
         identity: knocks for _name, group in target.secrets.one_time(operator) for identity, knocks in group.items()
     }
-    return Access(target.hostname, target.port, tuple(reusable), once, target.secrets.stamp if once else "")
+    stamp = target.secrets.stamp if once else ""
+    return Access(target.hostname, target.port, tuple(reusable), once, stamp, _jump(target.jump, target.secrets.host))
 
 
 def _on_card(target: Target, access: Access) -> CardHost:
@@ -303,9 +310,17 @@ def _on_card(target: Target, access: Access) -> CardHost:
         target.hostname,
         target.port,
         sequences,
-        user=target.user,
+        access.jump,
+        target.user,
         one_time=not access.sequences,
     )
+
+
+def _jump(text: str, name: str) -> str:
+    """A way there, each host of it as ssh takes it."""
+    for host in text.split(",") if text else ():
+        _word(host, f"knock_client_jump of {name}", "a jump host")
+    return text
 
 
 def _word(text: str, place: str, kind: str) -> str:

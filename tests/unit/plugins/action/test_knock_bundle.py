@@ -111,6 +111,8 @@ def test_where_peoples_ssh_goes(run: Run) -> None:
     (run.folder / "hosts").write_text(
         "web1 ansible_user=robot\nweb2 ansible_host=192.0.2.8 knock_client_hostname=shop.example.org knock_client_port=443 "
         "knock_client_remote_user=al\nweb3 ansible_ssh_common_args='-J jump.example.org'\n"
+        "web4 ansible_ssh_common_args='-J x' knock_from_jump=false knock_client_jump=al@jump\n"
+        "web5 ansible_ssh_common_args='-J x' knock_client_jump=none\nweb6 ansible_ssh_common_args='-o ProxyCommand=x'\n"
     )
     run(PEOPLE)
     printed = run.play(CLIENT, *ALICE, ANSIBLE_SSH_ARGS=f"-F {run.folder}/ssh_config")
@@ -121,8 +123,14 @@ def test_where_peoples_ssh_goes(run: Run) -> None:
         f"Host web1\n  HostName web1.example.org\n  Port 2200\n  AddressFamily inet6\n{connect} -6 --name web1 %h %p",
         f"Host web2\n  HostName shop.example.org\n  Port 443\n  User al\n{connect} --name web2 %h %p",
     ]
-    assert "web3: ssh on the controller goes through a ProxyJump or ProxyCommand" in printed.replace("\n", " ")
-    assert "web2: ssh on the controller" not in printed
+    assert config[3] == "Host web4\n  HostName web4\n  ProxyJump al@jump"
+    assert "".join(config).count("ProxyJump") == 1
+    found = secrets(made(run))
+    assert {host: access["jump"] for host, access in found.items() if "jump" in access} == {
+        "web3": "jump.example.org",
+        "web4": "al@jump",
+    }
+    assert re.findall(r"(web\d): ssh on the controller goes through a ProxyCommand", printed) == ["web6"]
 
 
 def test_sequences_that_the_inventory_gives(run: Run) -> None:

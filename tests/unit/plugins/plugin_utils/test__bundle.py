@@ -80,16 +80,30 @@ def test_the_card_has_what_the_bundle_has() -> None:
     stock = {number: tuple(Knock(44000 + 20 * number + step, "tcp") for step in (0, 6, 2)) for number in (1, 2)}
     once = Operator(True, ALICE, one_time=Stock(16, "honoured", stock))
     targets = [
-        target("web1", "192.0.2.1", alice=Operator(True, ALICE), bob=Operator(True, BOB)),
+        target("web1", "192.0.2.1", alice=Operator(True, ALICE), bob=Operator(True, BOB))._replace(jump="al@jump:2222"),
         target("web2", "192.0.2.2", alice=once),
         target("web3", "192.0.2.3", bob=Operator(True, BOB)),
     ]
     files = whole_bundle("alice", targets).files
     card = files["card.txt"].decode()
-    for place in ("192.0.2.1", "192.0.2.2", "41000", "44020", "44040"):
+    for place in ("192.0.2.1", "192.0.2.2", "al@jump:2222", "41000", "44020", "44040"):
         assert place in card
     assert "192.0.2.3" not in card
     assert "43000" not in card
+
+
+def test_the_way_by_a_jump_host() -> None:
+    jumps = target("web1", "192.0.2.1", alice=Operator(True, ALICE))._replace(jump="a,b:22")
+    assert bundle("alice", [jumps]).hosts["web1"].jump == "a,b:22"
+    assert "ProxyJump" not in ssh_config("alice", "portknock", [jumps])
+    # Where it is a trusted source, ssh alone gets through.
+    assert ssh_config("alice", "portknock", [jumps._replace(jump_alone=True)]).splitlines()[2:] == [
+        "Host web1",
+        "  HostName 192.0.2.1",
+        "  ProxyJump a,b:22",
+    ]
+    with pytest.raises(PortknockError, match="knock_client_jump of web1: expected a jump host that ssh takes"):
+        bundle("alice", [jumps._replace(jump="a b")])
 
 
 def test_why_a_host_is_left_out() -> None:
@@ -138,7 +152,7 @@ def test_what_ssh_makes_of_it(tmp_path: Path) -> None:
 
     for name, one in zip(("web1", "web2", "~id", "50%"), targets):
         text = asked(name)
-        found = read_configuration(text)
+        found, _command = read_configuration(text)
         assert (found.host, found.port, found.family) == (one.hostname, one.port, one.family)
         assert ("\nuser al\n" in text) == (name == "web2")
         place = "~/.ssh/portknock-work"

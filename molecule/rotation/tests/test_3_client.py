@@ -176,6 +176,23 @@ def test_her_bundle_lasts_through_a_time_of_grace(fleet: Fleet, alice: Person) -
     alice.gets_in(*fleet.hosts)
 
 
+def test_by_a_jump_host_that_has_a_gate_itself(fleet: Fleet, alice: Person) -> None:
+    """Its own block of the bundle opens the jump host, and from there the knock leaves."""
+    path = fleet.directory / "host_vars" / "db.yml"
+    path.write_text(json.dumps({"knock_client_jump": "web-1"}))
+    try:
+        run = make(fleet)
+    finally:
+        path.unlink()
+    assert run.status == 0, run.output
+    alice.give("alice.tar", tar(fleet))
+    alice.run("tar -xf alice.tar && portknock/portknock install")
+    for host in ("web-1", "db"):
+        shut(fleet, host)
+    came_from = alice.run("ssh -o LogLevel=ERROR db 'echo $SSH_CONNECTION'").stdout.decode().split()[0]
+    assert came_from == fleet.hosts["web-1"]["ipv4"]
+
+
 def test_it_goes_without_a_trace(alice: Person) -> None:
     said = alice.run("portknock/portknock uninstall; portknock/portknock uninstall").stdout.decode()
     assert said == "Removed: ~/.ssh/portknock.\nNothing to remove: there is no ~/.ssh/portknock.\n"

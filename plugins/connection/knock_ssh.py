@@ -406,11 +406,12 @@ class Connection(CoreConnection):
         if isinstance(gate.way, FromHere):
             # What ssh itself says of this very port.
             return f"ssh: connect to host {gate.destination.host} port {gate.destination.port}: " in said
-        if any(words in said for words in _REFUSED_BEHIND_JUMP):
-            return True
-        # Whoever makes a master silences the ssh that goes to the jump host. Where a session had begun, the master is alive.
         makes_master, _unused = self._persistence_controls(command)
-        return makes_master and _PROXY_ENDED in said and not self._has_master(command)
+        if makes_master and self._has_master(command):
+            # A session had begun, whatever its command may say.
+            return False
+        # Whoever makes a master silences the ssh that goes to the jump host.
+        return any(words in said for words in _REFUSED_BEHIND_JUMP) or (makes_master and _PROXY_ENDED in said)
 
     def _has_master(self, command: Sequence[bytes]) -> bool:
         """Does a living ControlPersist master carry this command?"""

@@ -107,7 +107,7 @@ class JumpHost(NamedTuple):
         :raises JumpError: no answer came.
         """
         with _Call(self, is_quiet=False) as call:
-            call.wait_until_ready(deadline - time.monotonic())
+            call.wait_until_ready(max(0.1, deadline - time.monotonic()))
             left = max(0.0, deadline - time.monotonic())
             content = _packed(connect, [{**request, "timeout": left}], carry=True)
             answer = call.answer(content, left)
@@ -377,7 +377,8 @@ class _Call:
             self._process.kill()
             code = self._process.wait()
         if self._listener is not None:
-            self._listener.join()
+            # Whoever was started by it may hold on to that for longer.
+            self._listener.join(_LEAVE)
         said = b"".join(self._said).decode(errors="replace").strip().splitlines()
         last = said[-1].strip() if said else ""
         if self._is_ready or (code == _SSH_FAILED and not any(_NO_SESSION.search(line) for line in said)):

@@ -236,6 +236,14 @@ def test_a_knock_that_got_lost_is_made_good(lab: Lab, jump: Jump, persist: bool)
     assert not acc.SECRETS.search(outcome.output)
 
 
+def test_a_command_that_talks_like_ssh_runs_once(lab: Lab, jump: Jump) -> None:
+    words = "stdio forwarding failed; kex_exchange_identification: Connection closed by remote host"
+    outcome = lab.adhoc(
+        *("-m", "raw", "-a", f"echo ran >> {lab.folder}/log; echo '{words}' >&2; exit 255"), ANSIBLE_SSH_USETTY="false"
+    )
+    assert (lab.folder / "log").read_text() == "ran\n", outcome.output
+
+
 def test_a_single_use_gate(lab: Lab, jump: Jump) -> None:
     lab.keep(single_use=True)
     new = f"tcp dport {acc.PORT} tcp flags & (syn | ack) == syn"

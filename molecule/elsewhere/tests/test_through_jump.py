@@ -53,7 +53,11 @@ class Behind:
             *(f"UserKnownHostsFile {self.fleet.directory}/known_hosts", "StrictHostKeyChecking yes"),
         ]
         lines = [f"Host jump carrier\n  HostName {self.fleet.hosts['jump']['ipv4']}"]
-        lines += [f"Host eye\n  HostName {self.fleet.hosts['eye']['ipv4']}", *(f"  {line}" for line in eye)]
+        # Where it was hardened by now, root is shut out.
+        lines += [
+            f"Host eye\n  HostName {self.fleet.hosts['eye']['ipv4']}\n  User admin",
+            *(f"  {line}" for line in eye),
+        ]
         self.config.write_text("\n".join((*lines, "Host *", *(f"  {line}" for line in shared), "")))
 
     def inventory(self, way: str) -> Path:

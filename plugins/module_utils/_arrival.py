@@ -59,7 +59,7 @@ def start(given: Mapping[str, Any]) -> None:
             # Whoever is at the other end learns of an end by that of this process alone.
             failure = _function(given["carry"])(sock, hang_up=True)
         if failure is not None:
-            sys.exit(f"portknock: The connection broke: {failure.strerror}.")
+            raise SystemExit(f"portknock: The connection broke: {failure.strerror}.")
 
 
 def _function(place: Sequence[str]) -> Any:

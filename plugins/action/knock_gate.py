@@ -132,9 +132,10 @@ class ActionModule(ConfirmedAction):
             ],
             **self._shut(entry),
         }
-        destination, given = self._destination(), knock_ssh_of(self, self._vars).given_sequences()
+        destination, connection = self._destination(), knock_ssh_of(self, self._vars)
         self._choose_jump(settings, destination, found)
-        self._check_way_in(settings, destination, found, given, entry.honoured(operators))
+        given, operator = connection.given_sequences(), connection.get_option("knock_operator")
+        self._check_way_in(settings, destination, found, given, operator, entry.honoured(operators))
         gate = {
             "protected": payload["protected"],
             "closed_response": settings.closed_response,
@@ -475,11 +476,13 @@ class ActionModule(ConfirmedAction):
         destination: Destination,
         found: dict[str, Any],
         given: Sequence[tuple[Knock, ...]] | None,
+        operator: str | None,
         honoured: Mapping[str, Honoured],
     ) -> None:
         """Stop where Ansible itself could not get in any more.
 
         :param given: what the connection knocks with instead of the keyring; None where it uses that.
+        :param operator: whose sequence of the keyring it knocks with; None for anyone's.
         :param honoured: what the gate is to honour, by operator.
         """
         is_closed = destination.port in settings.protected_tcp
@@ -509,6 +512,11 @@ class ActionModule(ConfirmedAction):
                 "knock_sequences: expected a sequence that the gate is to honour, since the connection knocks with nothing "
                 "else; got others only. Give it what knock_server_sequences gives the gate, during a rotation beside the former "
                 "sequence, or leave it unset."
+            )
+        if given is None and operator and operator not in honoured and is_ssh(self._connection):
+            raise PortknockError(
+                f"knock_operator: expected an operator whom the gate is to let in ({', '.join(honoured)}), since the connection "
+                f"knocks as nobody else; got {operator}."
             )
 
     def _arguments(self) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from ansible.errors import AnsibleConnectionFailure
 from ansible_collections.fleet.portknock.plugins.action import knock_gate
 from ansible_collections.fleet.portknock.plugins.action.knock_gate import ActionModule
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import Honoured
 from ansible_collections.fleet.portknock.plugins.module_utils._jump import JumpError
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination
 
 OUTCOME = {"source_trusted": True, "ports_in_use": [], "listeners": {}}
@@ -188,3 +190,19 @@ def test_a_jump_host_that_is_trusted_is_asked_nothing() -> None:
     asking = Jumping(trusted="192.0.2.0/24")
     assert asking._view(BEHIND, []) is None
     assert asking.asked_there == []
+
+
+@pytest.mark.parametrize("operator", ["bob", "alice", None])
+def test_nobody_shuts_out_whom_the_connection_knocks_as(operator: str | None) -> None:
+    asking = Asking()
+    asking._task.check_mode = False
+    asking._jump = None
+    asking._connection = SimpleNamespace(transport="ssh", ansible_name="fleet.portknock.knock_ssh")
+    settings = SimpleNamespace(protected_tcp=(22,), trusted4=[], trusted6=[], one_time=0)
+    alone: Any = (settings, Destination("web1", 22, proxied=False), FOUND, None)
+    alice: Any = {"alice": Honoured(1, [[Knock(20000, "tcp")]])}
+    if operator != "bob":
+        asking._check_way_in(*alone, operator, alice)
+        return
+    with pytest.raises(PortknockError, match=r"^knock_operator: expected .* let in \(alice\), .*; got bob\.$"):
+        asking._check_way_in(*alone, operator, alice)

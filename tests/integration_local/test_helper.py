@@ -413,8 +413,8 @@ def test_ansible_without_our_connection(desk: Desk) -> None:
 
 def test_beside_our_connection(desk: Desk) -> None:
     """An administrator's own ssh_config has the helper: the connection knocks in its place, and never both."""
-    # So that the helper would not get in.
-    desk.keep(acc.operator(acc.STALE))
+    # The helper would not get in.
+    desk.program.write_text("#!/bin/sh\nexit 1\n")
     outcome = desk.lab.adhoc("-m", "raw", "-a", "true", ANSIBLE_SSH_ARGS=f"-F {desk.config}")
     assert outcome.code == 0, outcome.output
     # The look, and ssh's own.

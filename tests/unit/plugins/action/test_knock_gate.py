@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,11 +199,8 @@ def test_nobody_shuts_out_whom_the_connection_knocks_as(operator: str | None) ->
     asking._task.check_mode = False
     asking._jump = None
     asking._connection = SimpleNamespace(transport="ssh", ansible_name="fleet.portknock.knock_ssh")
-    settings = SimpleNamespace(protected_tcp=(22,), trusted4=[], trusted6=[], one_time=0)
-    alone: Any = (settings, Destination("web1", 22, proxied=False), FOUND, None)
-    alice: Any = {"alice": Honoured(1, [[Knock(20000, "tcp")]])}
-    if operator != "bob":
-        asking._check_way_in(*alone, operator, alice)
-        return
-    with pytest.raises(PortknockError, match=r"^knock_operator: expected .* let in \(alice\), .*; got bob\.$"):
-        asking._check_way_in(*alone, operator, alice)
+    settings: Any = SimpleNamespace(protected_tcp=(22,), trusted4=[], trusted6=[], one_time=0)
+    alice = {"alice": Honoured(1, [[Knock(20000, "tcp")]])}
+    says = r"^knock_operator: expected .* let in \(alice\), .*; got bob\.$"
+    with pytest.raises(PortknockError, match=says) if operator == "bob" else nullcontext():
+        asking._check_way_in(settings, Destination("web1", 22, proxied=False), FOUND, None, operator, alice)

@@ -18,7 +18,11 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     probe,
     resolve,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    HIGHEST_PORT,
+    KNOCK_PROTOCOLS,
+    parse_knocks,
+)
 from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import knock_ssh_of
 
 _BANNER_SECONDS = 1.0
@@ -89,7 +93,7 @@ class ActionModule(ActionBase):
     @staticmethod
     def _sequences(arguments: dict[str, Any], ssh: Connection) -> HostSequences:
         if arguments["knocks"] is not None:
-            sequence = parse_knocks(arguments["knocks"], "knocks", secret=True)
+            sequence = parse_knocks(arguments["knocks"], "knocks", secret=True, protocols=KNOCK_PROTOCOLS)
             if not sequence:
                 raise PortknockError("knocks: expected at least one knock; got an empty list.")
             return HostSequences("", [sequence], (), ssh.is_single_use)

@@ -77,8 +77,8 @@ options:
         key: operator
   knock_sequences:
     description:
-      - The host's sequence, a list of C(port/protocol), or a list of such lists in the order in which they are tried, until
-        one opens. Where it is set, the keyring is not looked at, and O(knock_operator) says nothing.
+      - The host's sequence, a list of C(port/protocol) or C(bytes/icmp), or a list of such lists in the order in which they are
+        tried, until one opens. Where it is set, the keyring is not looked at, and O(knock_operator) says nothing.
       - During a rotation, name the new sequence and the former one.
       - Meant for what P(fleet.portknock.knock_sequence#filter) derives. The type is C(raw) so that no error repeats a port.
       - For a delegated task the expression is evaluated anew, with the name of the other host as C(inventory_hostname).
@@ -138,7 +138,11 @@ from ansible_collections.fleet.portknock.plugins.module_utils._jump import (
     jump_host,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import KnockResult, resolve
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock, parse_sequences
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    KNOCK_PROTOCOLS,
+    Knock,
+    parse_sequences,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._usage import Stocks, Ticket, Usage
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import (
     Destination,
@@ -294,7 +298,7 @@ class Connection(CoreConnection):
         :raises PortknockError: it holds anything else; no value is in the text.
         """
         value = self.get_option(_SEQUENCES_OPTION)
-        return None if value is None else parse_sequences(value, _SEQUENCES_OPTION)
+        return None if value is None else parse_sequences(value, _SEQUENCES_OPTION, KNOCK_PROTOCOLS)
 
     def host_sequences(self, operator: str | None = None) -> HostSequences | None:
         """What the option gives for this host, or else what the keyring holds; None where there is nothing.
@@ -504,6 +508,8 @@ class Connection(CoreConnection):
         except JumpError as exc:
             self._tell(gate, exc)
             return None
+        except PortknockError as exc:
+            raise AnsibleError(str(exc)) from None
         if note is not None:
             if not os.path.exists(gate.memory):
                 self._remember(gate, note._asdict())

@@ -38,7 +38,12 @@ from types import MappingProxyType
 from typing import Mapping, NamedTuple
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    HIGHEST_PORT,
+    KNOCK_PROTOCOLS,
+    Knock,
+    parse_knocks,
+)
 
 FORMAT = 1
 FORMAT_WITH_MORE = 2
@@ -213,9 +218,11 @@ def _parse_access(value: object, path: str, number: int) -> Access:
     if not isinstance(sequences, list) or not (sequences or once) or not all(sequences):
         raise _damaged(path, "a list of lists of port/protocol", f"sequences of {where}")
     try:
-        knocks = tuple(parse_knocks(sequence, "sequences", secret=True) for sequence in sequences)
+        knocks = tuple(
+            parse_knocks(sequence, "sequences", secret=True, protocols=KNOCK_PROTOCOLS) for sequence in sequences
+        )
     except PortknockError:
-        raise _damaged(path, "a list of lists of port/protocol, tcp or udp", f"sequences of {where}") from None
+        raise _damaged(path, "a list of lists of port/protocol, tcp, udp or icmp", f"sequences of {where}") from None
     return Access(hostname, port, knocks, once, stamp, jump)
 
 
@@ -227,11 +234,12 @@ def _parse_one_time(value: object, path: str, where: str) -> tuple[dict[int, tup
     if not isinstance(sequences, dict) or not all(_ID.fullmatch(key) and knocks for key, knocks in sequences.items()):
         raise _damaged(path, "a mapping from ids", place)
     try:
-        return {int(key): parse_knocks(knocks, "sequences", secret=True) for key, knocks in sequences.items()}, value[
-            "stamp"
-        ]
+        return {
+            int(key): parse_knocks(knocks, "sequences", secret=True, protocols=KNOCK_PROTOCOLS)
+            for key, knocks in sequences.items()
+        }, value["stamp"]
     except PortknockError:
-        raise _damaged(path, "lists of port/protocol, tcp or udp", place) from None
+        raise _damaged(path, "lists of port/protocol, tcp, udp or icmp", place) from None
 
 
 def _is_printable(value: object) -> bool:

@@ -19,7 +19,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     resolve,
     send,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import KNOCK_PROTOCOLS, Knock, parse_knocks
 
 # Whoever asked may be gone without a word, and so may the host: noticed after two minutes, where the system can be told so.
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
@@ -83,14 +83,14 @@ def send_once(request: Mapping[str, Any]) -> dict[str, Any]:
         addresses = resolve(request["host"], request["port"], request["family"])
         address = next((entry for entry in addresses if entry.host == request["address"]), None)
         if address is not None:
-            send(address, parse_knocks(request["knocks"], "knocks", secret=True), request["gap"])
+            send(address, _parsed([request["knocks"]])[0], request["gap"])
     except (PortknockError, OSError) as exc:
         return {"problem": str(exc)}
     return {"sent": address is not None}
 
 
 def _parsed(sequences: Any) -> list[tuple[Knock, ...]]:
-    return [parse_knocks(knocks, "sequences", secret=True) for knocks in sequences]
+    return [parse_knocks(knocks, "sequences", secret=True, protocols=KNOCK_PROTOCOLS) for knocks in sequences]
 
 
 __all__ = ("connect", "knock", "send_once")

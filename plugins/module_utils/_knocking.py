@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import selectors
 import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +35,12 @@ _PATIENCE_ONCE = 0.25
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.1
 _BANNER_SIZE = 255
+
+# The type of an echo request, and the protocol that it belongs to.
+_ECHO_REQUEST: dict[int, tuple[int, int]] = {
+    socket.AF_INET: (8, socket.IPPROTO_ICMP),
+    socket.AF_INET6: (128, socket.IPPROTO_ICMPV6),
+}
 
 # Linux tells an unprivileged UDP socket of every ICMP error only when asked; not every Python has the constants.
 _RECVERR: dict[int, tuple[int, int]] = (
@@ -146,12 +154,15 @@ def send(address: Address, knocks: Sequence[Knock], gap: float = 0.0, source: st
 
     :param source: the local address to knock from; None leaves it to the system.
     :raises OSError: there is no way to the address.
+    :raises PortknockError: the system lets this user send no echo requests.
     """
     for index, knock in enumerate(knocks):
         if index and gap:
             time.sleep(gap)
         target = address.at(knock.port).sockaddr
-        if knock.proto == "udp":
+        if knock.proto == "icmp":
+            _send_echo(address, knock.port, source)
+        elif knock.proto == "udp":
             with _socket(address.family, socket.SOCK_DGRAM, source) as sock:
                 sock.sendto(b"", target)
         else:
@@ -160,6 +171,39 @@ def send(address: Address, knocks: Sequence[Knock], gap: float = 0.0, source: st
                 code = sock.connect_ex(target)
             if code not in (0, errno.EINPROGRESS, errno.ECONNREFUSED):
                 raise OSError(code, errno.errorcode.get(code, "error"))
+
+
+def _send_echo(address: Address, size: int, source: str | None) -> None:
+    """Send one echo request with that many bytes of payload, as ``ping -s`` does."""
+    kind, protocol = _ECHO_REQUEST[address.family]
+    message = struct.pack("!BBHHH", kind, 0, 0, os.getpid() & 0xFFFF, 1) + bytes(size)
+    # The kernel fills in IPv6's, and on Linux that of the first kind of socket; other systems want it done.
+    checksum = _checksum(message) if address.family == socket.AF_INET else 0
+    message = message[:2] + struct.pack("!H", checksum) + message[4:]
+    with _echo_socket(address.family, protocol) as sock:
+        _bind(sock, address.family, source)
+        sock.sendto(message, address.at(0).sockaddr)
+
+
+def _echo_socket(family: int, protocol: int) -> socket.socket:
+    # What systems have for unprivileged programs, and what is left to root where a system keeps that from everybody.
+    for kind in (socket.SOCK_DGRAM, socket.SOCK_RAW):
+        with contextlib.suppress(PermissionError):
+            sock = socket.socket(family, kind, protocol)
+            sock.setblocking(False)
+            return sock
+    raise PortknockError(
+        "icmp: expected a system that lets you send echo requests (on Linux the sysctl net.ipv4.ping_group_range has to hold one "
+        "of your groups); got one that does not. Knock with `ping -c 1 -s BYTES`, or from another machine."
+    )
+
+
+def _checksum(message: bytes) -> int:
+    """The internet checksum (RFC 1071)."""
+    total = sum(struct.unpack(f"!{(len(message) + 1) // 2}H", message + bytes(len(message) % 2)))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
 
 
 def probe(address: Address, timeout: float, banner: float = 0.0, source: str | None = None) -> Probe:
@@ -470,8 +514,8 @@ def _bare_socket(family: int, kind: int) -> socket.socket:
 
 def _bind(sock: socket.socket, family: int, source: str | None) -> None:
     if source is not None:
-        # Through getaddrinfo, for the scope id of a link-local address.
-        sock.bind(socket.getaddrinfo(source, 0, family, sock.type, 0, socket.AI_NUMERICHOST)[0][4])
+        # Through getaddrinfo, for the scope id of a link-local address. Which kind of socket it is for makes no difference.
+        sock.bind(socket.getaddrinfo(source, 0, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)[0][4])
 
 
 def _error_name(code: int | None) -> str:

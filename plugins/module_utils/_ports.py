@@ -1,21 +1,25 @@
 # Copyright (c) 2026, fleet.portknock contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Ports and knocks as people write them: ``22/tcp``."""
+"""Ports and knocks as people write them: ``22/tcp``, and ``300/icmp`` for an echo request with 300 bytes of payload."""
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 
 PROTOCOLS = ("tcp", "udp")
+# What a client can send.
+KNOCK_PROTOCOLS = (*PROTOCOLS, "icmp")
 HIGHEST_PORT = 65535
+# Bytes of payload: what the 16 bits of an IPv4 packet's length leave beside its own header and that of the echo request.
+LONGEST_PAYLOAD = 65535 - 20 - 8
 _KNOCK = re.compile(r"([0-9]{1,5})/([a-z]+)", re.ASCII)
 
 
 class Knock(NamedTuple):
-    """One port of one protocol: a knock, or a port to protect."""
+    """One port of one protocol: a knock, or a port to protect. For icmp ``port`` is the payload's length."""
 
     port: int
     proto: str
@@ -24,34 +28,40 @@ class Knock(NamedTuple):
         return f"{self.port}/{self.proto}"
 
 
-def parse_knock(value: object, option: str, secret: bool = False) -> Knock:
+def parse_knock(value: object, option: str, secret: bool = False, protocols: Sequence[str] = PROTOCOLS) -> Knock:
     """Read ``port/proto``.
 
     :param value: what the user gave.
     :param option: the option's name, for the error.
     :param secret: leave the value out of the error.
-    :raises PortknockError: not ``port/proto``, a port outside 1-65535, or a protocol other than tcp and udp.
+    :param protocols: those that are taken.
+    :raises PortknockError: not ``port/proto``, a port outside 1-65535 (icmp: a length outside 1-65507), or another protocol.
     """
     match = _KNOCK.fullmatch(value) if isinstance(value, str) else None
     if match is not None:
         knock = Knock(int(match.group(1)), match.group(2))
-        if 1 <= knock.port <= HIGHEST_PORT and knock.proto in PROTOCOLS:
+        highest = LONGEST_PAYLOAD if knock.proto == "icmp" else HIGHEST_PORT
+        if 1 <= knock.port <= highest and knock.proto in protocols:
             return knock
     came = "another value" if secret else repr(value)
+    lengths = f" (or bytes/icmp, 1 to {LONGEST_PAYLOAD})" if "icmp" in protocols else ""
     raise PortknockError(
-        f"{option}: expected port/protocol, a port from 1 to {HIGHEST_PORT} and tcp or udp, such as 22/tcp; got {came}."
+        f"{option}: expected port/protocol, a port from 1 to {HIGHEST_PORT} and tcp or udp{lengths}, such as 22/tcp; got {came}."
     )
 
 
-def parse_knocks(values: object, option: str, secret: bool = False) -> tuple[Knock, ...]:
+def parse_knocks(
+    values: object, option: str, secret: bool = False, protocols: Sequence[str] = PROTOCOLS
+) -> tuple[Knock, ...]:
     """Read a list of ``port/proto``; the same port of one protocol twice is an error.
 
+    :param protocols: those that are taken.
     :raises PortknockError: not a list, an element that is not ``port/proto``, or an element that comes twice.
     """
     if not isinstance(values, (list, tuple)):
         came = "another type" if secret else repr(values)
         raise PortknockError(f"{option}: expected a list such as [22/tcp]; got {came}.")
-    knocks = tuple(parse_knock(value, option, secret) for value in values)
+    knocks = tuple(parse_knock(value, option, secret, protocols) for value in values)
     for index, knock in enumerate(knocks):
         if knock in knocks[:index]:
             came = "one" if secret else str(knock)
@@ -59,11 +69,12 @@ def parse_knocks(values: object, option: str, secret: bool = False) -> tuple[Kno
     return knocks
 
 
-def parse_sequences(value: object, option: str) -> list[tuple[Knock, ...]]:
+def parse_sequences(value: object, option: str, protocols: Sequence[str] = PROTOCOLS) -> list[tuple[Knock, ...]]:
     """Read one sequence, a list of ``port/proto``, or a list of them in the order in which a client tries them.
 
     A sequence that comes again is left out.
 
+    :param protocols: those that are taken.
     :raises PortknockError: neither, nothing at all, or a sequence without a knock; no value is in the text.
     """
     if not isinstance(value, (list, tuple)) or not value:
@@ -74,11 +85,20 @@ def parse_sequences(value: object, option: str) -> list[tuple[Knock, ...]]:
     given = list(value) if isinstance(value[0], (list, tuple)) else [value]
     sequences: dict[tuple[Knock, ...], None] = {}
     for knocks in given:
-        sequence = parse_knocks(knocks, option, secret=True)
+        sequence = parse_knocks(knocks, option, secret=True, protocols=protocols)
         if not sequence:
             raise PortknockError(f"{option}: expected at least one knock in each sequence; got an empty list.")
         sequences[sequence] = None
     return list(sequences)
 
 
-__all__ = ("HIGHEST_PORT", "PROTOCOLS", "Knock", "parse_knock", "parse_knocks", "parse_sequences")
+__all__ = (
+    "HIGHEST_PORT",
+    "KNOCK_PROTOCOLS",
+    "LONGEST_PAYLOAD",
+    "PROTOCOLS",
+    "Knock",
+    "parse_knock",
+    "parse_knocks",
+    "parse_sequences",
+)

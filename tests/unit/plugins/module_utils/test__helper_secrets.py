@@ -97,14 +97,20 @@ def test_a_host_behind_a_jump_host() -> None:
         (written(sequences={"11111/tcp": 1}), "a list of lists of port/protocol as sequences of host number 1"),
         (
             written(sequences=["11111/tcp"]),
-            "a list of lists of port/protocol, tcp or udp as sequences of host number 1",
+            "a list of lists of port/protocol, tcp, udp or icmp as sequences of host number 1",
         ),
         (
             written(sequences=[["11111/tpc"]]),
-            "a list of lists of port/protocol, tcp or udp as sequences of host number 1",
+            "a list of lists of port/protocol, tcp, udp or icmp as sequences of host number 1",
         ),
-        (written(sequences=[[11111]]), "a list of lists of port/protocol, tcp or udp as sequences of host number 1"),
-        (written(sequences=[["11111/tcp"] * 2]), "a list of lists of port/protocol, tcp or udp as sequences of host"),
+        (
+            written(sequences=[[11111]]),
+            "a list of lists of port/protocol, tcp, udp or icmp as sequences of host number 1",
+        ),
+        (
+            written(sequences=[["11111/tcp"] * 2]),
+            "a list of lists of port/protocol, tcp, udp or icmp as sequences of host",
+        ),
     ],
 )
 def test_damaged(content: object, place: str) -> None:

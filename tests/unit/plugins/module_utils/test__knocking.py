@@ -397,3 +397,12 @@ def test_what_could_not_be_sent_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
     address = Address(socket.AF_INET, ("127.0.0.1", 22))
     result = knock_with_any([address], [], 22, 600, once=[[Knock(4001, "tcp")], [Knock(4002, "tcp")]])
     assert (result.state, result.sent_once, result.attempts) == ("unreachable", 0, 1)
+
+
+def test_where_the_system_lets_nobody_send_echo_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    with pytest.raises(PortknockError, match=r"^icmp: expected .*ping_group_range"):
+        send(Address(socket.AF_INET, ("192.0.2.1", 22)), [Knock(300, "icmp")])

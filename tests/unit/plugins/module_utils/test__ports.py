@@ -5,7 +5,13 @@ from __future__ import annotations
 
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import parse_sequences
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    KNOCK_PROTOCOLS,
+    Knock,
+    parse_knock,
+    parse_knocks,
+    parse_sequences,
+)
 
 ONE, OTHER = ["41001/tcp", "52002/udp"], ["43003/tcp", "54004/tcp"]
 
@@ -57,3 +63,22 @@ def test_what_is_neither_is_not_repeated(value: object, says: str) -> None:
     with pytest.raises(PortknockError) as caught:
         parse_sequences(value, "knock_sequences")
     assert str(caught.value) == f"knock_sequences: {says}"
+
+
+def test_lengths_of_echo_requests_where_a_client_sends_them() -> None:
+    knocks = parse_knocks(["300/icmp", "41001/tcp", "65507/icmp"], "knocks", protocols=KNOCK_PROTOCOLS)
+    assert knocks == (Knock(300, "icmp"), Knock(41001, "tcp"), Knock(65507, "icmp"))
+    assert parse_sequences([["300/icmp"]], "knock_sequences", KNOCK_PROTOCOLS) == [(Knock(300, "icmp"),)]
+
+
+@pytest.mark.parametrize("value", ["0/icmp", "65508/icmp", "300/icmpv6"])
+def test_other_lengths(value: str) -> None:
+    with pytest.raises(PortknockError, match=r"tcp or udp \(or bytes/icmp, 1 to 65507\), such as 22/tcp; got"):
+        parse_knock(value, "knocks", protocols=KNOCK_PROTOCOLS)
+
+
+def test_a_gate_takes_none() -> None:
+    with pytest.raises(PortknockError, match=r"tcp or udp, such as 22/tcp; got '300/icmp'\.$"):
+        parse_knock("300/icmp", "knock_server_protected_ports")
+    with pytest.raises(PortknockError, match=r"tcp or udp, such as 22/tcp; got another value\.$"):
+        parse_sequences(["300/icmp"], "knock_server_sequences")

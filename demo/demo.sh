@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Copyright (c) 2026, fleet.portknock contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-# Three hosts vanish from a scanner, open for one who knocks, and vanish again.
+# Three hosts vanish from a scanner, open for one who knocks, vanish again, and let in a plain ssh that has a bundle.
 
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib.sh"
 
@@ -98,6 +98,18 @@ done
 show "ssh root@$GUEST"
 client ssh -o BatchMode=yes -o ConnectTimeout=5 "root@$(address "$GUEST" ipv4)" true 2>&1 | tell || true
 
+step "Hand the client a bundle: from now on its own ssh knocks"
+show "ansible-playbook fleet.portknock.client -i inventory.yml -e portknock_operator=default"
+(cd "$FLEET" && quiet demo-bundle ansible-playbook fleet.portknock.client -i inventory.yml -e portknock_operator=default -e knock_client_remote_user=root)
+show "tar -xf default.tar && portknock/portknock install"
+client tar -xf - -C /root <"$FLEET/portknock_bundles/default.tar"
+client /root/portknock/portknock install | tell
+for host in "${HOSTS[@]}"; do
+    show "ssh $host"
+    # shellcheck disable=SC2016  # for the host's shell to expand
+    client ssh -o BatchMode=yes -o ConnectTimeout=10 "$host" '. /etc/os-release; echo "I am $(hostname), $PRETTY_NAME"' | tell
+done
+
 step "Run it again: Ansible knocks for itself, and finds nothing to do"
 site demo-site-2
 ! sed -n '/^PLAY RECAP/,$p' "$LOGS/demo-site-2.log" | grep -q 'changed=[1-9]' || die "the second run changed something"
@@ -108,6 +120,7 @@ cat <<NEXT
      the secrets     ansible-vault view knock_keyring/$GUEST.yml
      the gate        docker exec portknock-demo-$GUEST nft list table inet fleet_portknock
      Ansible         ansible all -c fleet.portknock.knock_ssh -m ping
+     the bundle      tar -xOf portknock_bundles/default.tar portknock/card.txt
    (with PATH=$ROOT/.venv/bin:\$PATH)
    README.md has the quick start for hosts of your own. make demo-clean removes all of this.
 NEXT

@@ -10,6 +10,7 @@ Needs root, ip, nft and sshd, and touches nothing outside of its own namespace a
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -180,6 +181,14 @@ def _missing() -> list[str]:
     return needed + [name for name in ("/usr/sbin/sshd",) if not os.access(name, os.X_OK)]
 
 
+def _remove_left_links() -> None:
+    """Those of runs that were killed: they have the addresses that this one needs."""
+    for link in json.loads(run("ip", "-j", "link", "show", "type", "veth") or "[]"):
+        owner = re.fullmatch(r"acc([0-9]+)a", link["ifname"])
+        if owner is not None and not os.path.exists(f"/proc/{owner[1]}"):
+            run("ip", "link", "delete", link["ifname"])
+
+
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if os.geteuid() != 0 or _missing():
@@ -197,10 +206,13 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         # Whatever root's own shell does at its start is not what is tried here.
         f"SetEnv HOME={folder}\n"
     )
+    _remove_left_links()
     with contextlib.ExitStack() as cleaning:
         run("ip", "netns", "add", namespace)
         cleaning.callback(run, "ip", "netns", "delete", namespace)
         run("ip", "link", "add", outer, "type", "veth", "peer", "name", inner, "netns", namespace)
+        # A process that outlives the tests would keep the namespace, and with it the link.
+        cleaning.callback(run, "ip", "link", "delete", outer)
         run("ip", "address", "add", f"{CLIENT4}/29", "dev", outer)
         run("ip", "address", "add", f"{CLIENT6}/64", "dev", outer, "nodad")
         run("ip", "link", "set", outer, "up")

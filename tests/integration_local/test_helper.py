@@ -242,7 +242,7 @@ def test_somebody_elses_file(desk: Desk) -> None:
 def test_a_damaged_file(desk: Desk) -> None:
     desk.secrets.write_text(desk.secrets.read_text().replace("48396/tcp", "48396/tpc"))
     line = told(desk.ssh(acc.SERVER4, "true"))
-    assert "expected a list of lists of port/protocol, tcp or udp as sequences of host number 1" in line
+    assert "expected a list of lists of port/protocol, tcp, udp or icmp as sequences of host number 1" in line
     assert desk.lab.knocks == 0
 
 

@@ -136,9 +136,12 @@ def test_a_wrong_one_gives_the_error_of_ssh_and_a_hint(lab: Lab, sequences: obje
         ),
         (
             [*RIGHT[:2], "48396/tpc"],
-            "expected port/protocol, a port from 1 to 65535 and tcp or udp, such as 22/tcp; got",
+            "expected port/protocol, a port from 1 to 65535 and tcp or udp (or bytes/icmp, 1 to 65507), such as 22/tcp; got",
         ),
-        ([*RIGHT, RIGHT], "expected port/protocol, a port from 1 to 65535 and tcp or udp, such as 22/tcp; got"),
+        (
+            [*RIGHT, RIGHT],
+            "expected port/protocol, a port from 1 to 65535 and tcp or udp (or bytes/icmp, 1 to 65507), such as 22/tcp; got",
+        ),
         ([RIGHT, *RIGHT], "expected a list such as [22/tcp]; got another type."),
         ([*RIGHT, RIGHT[0]], "expected each port once; got one twice."),
     ],

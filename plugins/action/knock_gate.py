@@ -463,7 +463,7 @@ class ActionModule(ConfirmedAction):
 
     def _check_one_time(self, settings: GateSettings) -> None:
         """Stop where the back end can't use a sequence up."""
-        able = sorted(name for name, enforcer in BACK_ENDS.items() if enforcer.one_time)
+        able = sorted(name for name, abilities in BACK_ENDS.items() if abilities.one_time)
         if settings.one_time and self._backend() not in able:
             raise PortknockError(
                 f"knock_server_one_time: expected a back end that can use a sequence up ({', '.join(able)}); got "

@@ -1,90 +1,31 @@
 # Copyright (c) 2026, fleet.portknock contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What enforces a gate on the host: one small class a back end, picked by name.
+"""What can enforce a gate on the host: the back ends by name, what each is able to do, and every file that one may have.
 
-A back end's templates are in the role's folder of the same name. Its class says how their texts are checked, loaded,
-compared with what the kernel has, and taken away again; keeping them, trying them out and going back is the same for all.
+A back end is a folder of the role's templates and a class in a module of its own. The class says how the texts are checked,
+loaded, compared with what the kernel has, and taken away again; keeping them, trying them out, going back and changing from
+one back end to another is the same for all.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import shlex
-import sys
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Any, Mapping, NamedTuple, Optional, Protocol, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
-    TABLE,
-    Opening,
-    Source,
-    close_window,
-    forget_openings,
-    has_one_time,
-    is_dormant,
-    kept_elements,
-    listing_digests,
-    openings,
-    read_listing,
-    replace_transaction,
-    windows,
-    without_armed,
-)
+from ansible_collections.fleet.portknock.plugins.module_utils._nft import Opening, Source
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import Peer
-from ansible_collections.fleet.portknock.plugins.module_utils._system import Completed, Runner
+from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
 
 CONFIG_FOLDER = "/etc/fleet-portknock"
 UNIT_FOLDER = "/etc/systemd/system"
 
-# On one line with what follows it, so that the line that nft names is the template's.
-_FRESH_TABLE = f"add table inet {TABLE}; delete table inet {TABLE}; "
-
-# What the gate can't do without: loaded as a check only, and named in the error when nft or the kernel refuses it.
-_NEEDED = {
-    "sets that rules write with a timeout for each element": (
-        "set s { type ipv4_addr; flags dynamic,timeout; size 8; }\n"
-        "chain c { type filter hook prerouting priority -150; update @s { ip saddr timeout 5s }; }"
-    ),
-    "deleting set elements in a rule": (
-        "set s { type ipv4_addr; flags dynamic,timeout; size 8; }\n"
-        "chain c { type filter hook prerouting priority -150; delete @s { ip saddr }; }"
-    ),
-    "maps with concatenated keys": (
-        "map m { type classid . inet_proto . inet_service : classid; elements = { 0:0 . tcp . 7 : 0:1 }; }\n"
-        "chain c { type filter hook prerouting priority -150; meta priority set meta priority . meta l4proto . th dport map @m; }"
-    ),
-    "the fib expression": "chain c { type filter hook prerouting priority -150; fib daddr type != local accept; }",
-    "rewriting a port outside NAT": (
-        "chain c { type filter hook prerouting priority -150; tcp dport set tcp dport map { 7 : 9 }; }"
-    ),
-    "rejecting before routing": "chain c { type filter hook prerouting priority -150; tcp dport 7 reject with tcp reset; }",
-}
-# What it does better with; the templates have another way.
-_WANTED = {
-    "one_time": (
-        "set s { type classid; flags dynamic; size 8; }\n"
-        "chain c { type filter hook prerouting priority -150; add @s { meta priority quota until 87 bytes }; }"
-    ),
-    "socket_wildcard": "chain c { type filter hook prerouting priority -150; socket wildcard 0 accept; }",
-    "clock": "chain c { type filter hook prerouting priority -150; meta time >= 1767225600 meta time < 4102444800 accept; }",
-}
-# The kernel's reasons for refusing a rule; nft prints them after this phrase, and nothing of the rule with them.
-_KERNEL_REASON = re.compile(r"Could not process rule: ([A-Za-z ,'-]+)")
-_ELEMENT_COUNT = re.compile(r"\bcounter packets [0-9]+ bytes [0-9]+ (?=timeout |expires )")
-_NO_TABLE = "No such file or directory"
-_NOT_INSTALLED = 127
-# As the gate's template names them.
-_ONE_TIME_OPERATOR = re.compile(r"^  # Operator ([0-9a-f]+) with one-time sequences: (\S+)$", re.MULTILINE)
-_PYTHON = (sys.executable, "-I", "-S")
-_LINE = re.compile(r"^[^\n:]*:([0-9]+):[0-9]+", re.MULTILINE)
-
 
 class HostFile(NamedTuple):
     """A file that a gate consists of: the template that makes it, where it lies on the host, and its mode.
 
-    A mode without rights for others than root means that the file may hold secrets.
+    The template is named from the role's folder of templates on. A mode without rights for others than root means that the
+    file may hold secrets.
     """
 
     template: str
@@ -92,214 +33,189 @@ class HostFile(NamedTuple):
     mode: int
 
 
-class Nftables:
-    """The gate as one table of the kernel's own packet filter."""
+class Abilities(NamedTuple):
+    """What the controller has to know of a back end before it knows the host.
 
-    name = "nftables"
-    program = "nft"
-    # Whether it can use a sequence up.
-    one_time = True
-    # In the order in which they are written. The gate comes last: it alone is what a reboot brings back.
-    files: Mapping[str, HostFile] = {
-        "closed": HostFile("closed.nft.j2", f"{CONFIG_FOLDER}/closed.nft", 0o600),
-        "load": HostFile("load.sh", f"{CONFIG_FOLDER}/load.sh", 0o700),
-        "watch": HostFile("watch.py", f"{CONFIG_FOLDER}/watch.py", 0o700),
-        "stock": HostFile("stock.py", f"{CONFIG_FOLDER}/stock.py", 0o700),
-        "unit": HostFile("fleet-portknock.service.j2", f"{UNIT_FOLDER}/fleet-portknock.service", 0o644),
-        "watch_unit": HostFile(
-            "fleet-portknock-watch.service.j2", f"{UNIT_FOLDER}/fleet-portknock-watch.service", 0o644
-        ),
-        "gate": HostFile("gate.nft.j2", f"{CONFIG_FOLDER}/gate.nft", 0o600),
-    }
+    ``opener`` is what watches for knocks: ``kernel`` where the gate's own rules do. ``one_time`` says whether it can use a
+    sequence up.
+    """
+
+    opener: str
+    one_time: bool
+
+
+BACK_ENDS: Mapping[str, Abilities] = {
+    "nftables": Abilities(opener="kernel", one_time=True),
+}
+# In the order in which they are written. The gate comes last: it alone is what a reboot brings back, and it has the same path
+# whatever enforces it, so that a change of the back end has one moment, too. A key means the same file to all who have it.
+FILES: Mapping[str, HostFile] = {
+    "closed": HostFile("nftables/closed.nft.j2", f"{CONFIG_FOLDER}/closed.nft", 0o600),
+    "load": HostFile("common/load.sh", f"{CONFIG_FOLDER}/load.sh", 0o700),
+    "watch": HostFile("nftables/watch.py", f"{CONFIG_FOLDER}/watch.py", 0o700),
+    "stock": HostFile("nftables/stock.py", f"{CONFIG_FOLDER}/stock.py", 0o700),
+    "unit": HostFile("common/fleet-portknock.service.j2", f"{UNIT_FOLDER}/fleet-portknock.service", 0o644),
+    "watch_unit": HostFile(
+        "common/fleet-portknock-watch.service.j2", f"{UNIT_FOLDER}/fleet-portknock-watch.service", 0o644
+    ),
+    "gate": HostFile("nftables/gate.nft.j2", f"{CONFIG_FOLDER}/gate.rules", 0o600),
+}
+# The units that boot starts, and those of them that go on running.
+UNITS = ("fleet-portknock.service", "fleet-portknock-watch.service", "fleet-portknock-opener.service")
+SERVICES = UNITS[1:]
+# The unit that the opener of a gate on trial runs as: nothing of it is on disk.
+OPENER_ON_TRIAL = "fleet-portknock-opener-trial.service"
+
+
+class BackEnd(Protocol):
+    """What :class:`GateHost` asks of a back end.
+
+    ``kernel`` names the part of the kernel that its rules live in: where two have the same one, what the one has loaded is the
+    other's to replace, open windows and all.
+    """
+
+    name: str
+    kernel: str
+    program: str
+    # By their keys in FILES.
+    files: Mapping[str, HostFile]
+    # The key of what is loaded where the gate itself does not load.
+    closed: str
     # The units that boot starts, and those of them that go on running.
-    units = ("fleet-portknock.service", "fleet-portknock-watch.service")
-    services = ("fleet-portknock-watch.service",)
-
-    def __init__(self, run: Runner = run_program) -> None:
-        self._run = run
+    units: Sequence[str]
+    services: Sequence[str]
+    # The service that opens the gate where the kernel's rules don't, and the keys of the files that it runs with. The first is
+    # its program, whose argument is the folder that they are all in.
+    opener: Optional[str]
+    opener_files: Sequence[str]
 
     def version(self) -> Optional[str]:
-        """Version of nft, such as ``1.0.6``; None where it isn't installed."""
-        done = self._run([self.program, "--version"], None)
-        found = re.search(r"v([0-9][^ ]*)", done.stdout)
-        return found.group(1) if done.code == 0 and found else None
+        """Version of its program; None where it isn't installed."""
+
+    def missing_programs(self) -> list[str]:
+        """Programs that have to be installed."""
 
     def capabilities(self) -> dict[str, bool]:
-        """Which of the optional ways this host's nft and kernel can go; the templates read it as ``gate``'s probe.
+        """Which of the optional ways this host can go.
 
         :raises PortknockError: something that the gate can't do without is refused.
         """
-        # One call answers for the usual host; only where it fails are they asked one by one.
-        if self._check(*_NEEDED.values(), *_WANTED.values()).code == 0:
-            return dict.fromkeys(_WANTED, True)
-        for feature, text in _NEEDED.items():
-            done = self._check(text)
-            if done.code != 0:
-                raise PortknockError(
-                    f"knock_server_backend: nftables needs {feature}; this host's nft {self.version()} and kernel refuse it"
-                    f" ({_cause(done)})."
-                )
-        return {name: self._check(text).code == 0 for name, text in _WANTED.items()}
 
     def check(self, texts: Mapping[str, str]) -> None:
-        """Let nft and the kernel check the rules among the files' texts without loading them.
+        """Let the host's own checker read the texts, without loading them.
 
-        :raises PortknockError: some are refused; says where, never what, since nft quotes the line with its ports.
+        :raises PortknockError: some are refused; says where, never what.
         """
-        for name in ("gate", "closed"):
-            done = self._run([self.program, "-c", "-f", "-"], _FRESH_TABLE + texts[name])
-            if done.code != 0:
-                raise PortknockError(
-                    f"{self.files[name].template}: expected rules that nft accepts; it refuses them ({_cause(done)})."
-                )
 
     def boot_text(self, text: str) -> str:
-        """What is kept on disk: loads whatever is in the kernel, in one transaction."""
-        return _FRESH_TABLE + text
+        """What is kept on disk of the gate's text."""
 
     def body(self, boot_text: str) -> Optional[str]:
-        """The template's text inside :meth:`boot_text`, or None where it isn't one."""
-        _header, found, text = boot_text.partition(_FRESH_TABLE)
-        return text if found else None
+        """The text inside :meth:`boot_text`, or None where it isn't one."""
 
     def listing(self) -> Optional[dict[str, Any]]:
-        """The kernel's table as ``nft -j`` lists it; None where there is none.
+        """What the kernel has of the gate; None where it has nothing.
 
-        :raises PortknockError: nft does not say. To take that for an empty kernel would load the gate on top of another.
+        :raises PortknockError: that can't be told.
         """
-        done = self._run([self.program, "-j", "list", "table", "inet", TABLE], None)
-        if done.code == _NOT_INSTALLED or (done.code != 0 and _NO_TABLE in done.stderr):
-            return None
-        listing = read_listing(done.stdout) if done.code == 0 else None
-        if listing is None:
-            raise PortknockError(f"nft can't list the gate's table ({_cause(done)}).")
-        return listing
 
     def kernel_text(self) -> Optional[str]:
-        """The kernel's table as rules that can be loaded again; None where there is none or it can't be listed."""
-        done = self._run([self.program, "list", "table", "inet", TABLE], None)
-        start = done.stdout.find(f"table inet {TABLE} ")
-        if done.code != 0 or start < 0:
-            return None
-        # Over elements with counts nft 0.9.8 crashes.
-        return without_armed(_ELEMENT_COUNT.sub("", done.stdout[start:]))
+        """What the kernel has as a text that can be loaded again; None where there is none."""
 
     def accepts(self, text: str) -> bool:
-        """Whether nft and the kernel would load what is kept on disk (see :meth:`boot_text`)."""
-        return self._run([self.program, "-c", "-f", "-"], text).code == 0
+        """Whether the host would load what is kept on disk (see :meth:`boot_text`)."""
 
     def digests(self, listing: dict[str, Any]) -> dict[str, str]:
-        """What the table says, apart from what comes and goes in it: a digest of each chain, set and map."""
-        return listing_digests(listing)
+        """What the kernel has, apart from what comes and goes in it: a digest of each part."""
 
     def load(self, text: str, listing: Optional[dict[str, Any]]) -> None:
-        """Put the text in place of what is loaded: one transaction; open windows and records of openings stay.
+        """Put the text in place of what is loaded, open at no instant; open windows and records of openings stay.
 
-        :raises PortknockError: the kernel refuses it; then nothing has changed.
+        :raises PortknockError: it is refused; then nothing has changed.
         """
-        # A table that somebody has set dormant can't be changed rule by rule.
-        if listing is None or is_dormant(listing):
-            done = self._run([self.program, "-f", "-"], self.boot_text(text))
-        else:
-            done = self._run([self.program, "-f", "-"], replace_transaction(text, listing))
-            if done.code < 0:
-                # nft 0.9.8 crashes over some of these before it has told the kernel anything.
-                done = self._run([self.program, "-f", "-"], self.boot_text(text) + kept_elements(text, listing))
-        if done.code != 0:
-            raise PortknockError(f"The gate can't be loaded: nft refuses it ({_cause(done)}).")
-
-    def arm(self, texts: Mapping[str, str]) -> None:
-        """Let one-time sequences open, where the gate that has been loaded has any.
-
-        :raises PortknockError: they can't.
-        """
-        if not has_one_time(texts["gate"]):
-            return
-        done = self._run([*_PYTHON, "-", "arm"], texts["stock"])
-        if done.code != 0:
-            # Its own words hold no secret.
-            raise PortknockError(f"The one-time sequences can't be armed: {done.stderr.strip()[3:] or done.code}")
-
-    def arm_command(self, root: str = "") -> str:
-        """Shell command that does so after the former gate was loaded again; it succeeds whether or not they can be."""
-        program = shlex.quote(root + self.files["stock"].path)
-        return f"{{ [ ! -e {program} ] || {' '.join(map(shlex.quote, _PYTHON))} {program} arm || :; }}"
-
-    def stock(self, root: str = "") -> dict[str, Any]:
-        """How many one-time sequences are left, as ``stock.py`` reports it; empty where there are none."""
-        done = self._run([*_PYTHON, root + self.files["stock"].path, "report"], None)
-        try:
-            report = json.loads(done.stdout) if done.code == 0 else {}
-        except ValueError:
-            report = {}
-        return report if isinstance(report, dict) else {}
-
-    def one_time_operators(self, text: str) -> dict[str, str]:
-        """The operators with one-time sequences in a gate's text: names by numbers."""
-        return {str(int(number, 16)): name for number, name in _ONE_TIME_OPERATOR.findall(text)}
 
     def unload(self) -> None:
-        """Take the table away.
+        """Take the gate out of the kernel.
 
         :raises PortknockError: the kernel refuses it.
         """
-        done = self._run([self.program, "-f", "-"], _FRESH_TABLE)
-        if done.code != 0:
-            raise PortknockError(f"The gate can't be taken away: nft refuses it ({_cause(done)}).")
 
-    def close_window(self, peer: Peer) -> None:
-        """End the open window of one source, where it has one."""
-        for command in close_window(peer.address, peer.interface):
-            self._run([self.program, "-f", "-"], command)
+    def arm(self, texts: Mapping[str, str]) -> None:
+        """Let one-time sequences open, where the loaded gate has any.
 
-    def windows(self, listing: Mapping[str, Any]) -> set[Source]:
-        """The sources that have an open window."""
-        return windows(listing)
+        :raises PortknockError: they can't.
+        """
 
-    def openings(self, listing: Mapping[str, Any]) -> list[Opening]:
-        """Who opened the gate from where."""
-        return openings(listing)
-
-    def forgetting(self, text: str) -> str:
-        """The text as :meth:`load` takes it, for a load that leaves no record of openings."""
-        return forget_openings(text)
+    def arm_command(self, root: str = "") -> str:
+        """Shell command that does so after the former gate was loaded again; it succeeds whether or not they can be."""
 
     def restore_command(self, path: str) -> str:
         """Shell command that loads a kept text (see :meth:`boot_text`)."""
-        # What the kernel listed has its times in UTC.
-        return f"TZ=UTC {self.program} -f {path}"
 
     def unload_text(self) -> str:
         """What :meth:`restore_command` loads to leave nothing."""
-        return _FRESH_TABLE
 
-    def _check(self, *tables: str) -> Completed:
-        text = "".join(f"table inet {TABLE}_probe{index} {{\n{table}\n}}\n" for index, table in enumerate(tables))
-        return self._run([self.program, "-c", "-f", "-"], text)
+    def unload_command(self) -> str:
+        """Shell command that leaves nothing."""
+
+    def forgetting(self, text: str) -> str:
+        """The text as :meth:`load` takes it, for a load that leaves no record of openings."""
+
+    def close_window(self, peer: Peer) -> None:
+        """End the open window of one source, where it has one."""
+
+    def windows(self, listing: Mapping[str, Any]) -> set[Source]:
+        """The sources that have an open window."""
+
+    def openings(self, listing: Mapping[str, Any]) -> list[Opening]:
+        """Who opened the gate from where."""
+
+    def stock(self, text: str, root: str = "") -> dict[str, Any]:
+        """How many one-time sequences of the gate's text are left, as ``stock.py`` reports it; empty where there are none."""
+
+    def one_time_operators(self, text: str) -> dict[str, str]:
+        """The operators with one-time sequences in a gate's text: names by numbers."""
 
 
-BACK_ENDS = {backend.name: backend for backend in (Nftables,)}
+def files_of(*keys: str, **others: HostFile) -> dict[str, HostFile]:
+    """A back end's files, in the order in which they are written: those of FILES, or others in the place of some of them."""
+    return {key: others.get(key, file) for key, file in FILES.items() if key in keys or key in others}
 
 
-def back_end(name: str, run: Runner = run_program) -> Nftables:
+def check_name(name: object) -> str:
+    """Return the name of a back end.
+
+    :raises PortknockError: there is none of that name.
+    """
+    if not isinstance(name, str) or name not in BACK_ENDS:
+        raise PortknockError(f"knock_server_backend: expected one of {', '.join(BACK_ENDS)}; got {name!r}.")
+    return name
+
+
+def back_end(name: str, run: Runner = run_program) -> BackEnd:
     """The back end of that name.
 
     :raises PortknockError: there is none.
     """
-    if name not in BACK_ENDS:
-        raise PortknockError(f"knock_server_backend: expected one of {', '.join(sorted(BACK_ENDS))}; got {name!r}.")
-    return BACK_ENDS[name](run)
+    check_name(name)
+    # Not before: what a host does not use need not be compiled there.
+    from ansible_collections.fleet.portknock.plugins.module_utils._backend_nftables import Nftables
+
+    return Nftables(run)
 
 
-def _cause(done: Completed) -> str:
-    if done.code == _NOT_INSTALLED:
-        return "it is not installed"
-    line = _LINE.search(done.stderr)
-    where = f"line {line.group(1)}: " if line else ""
-    reason = _KERNEL_REASON.search(done.stderr)
-    if reason:
-        return f"{where}{reason.group(1).strip()}"
-    return f"{where}{'syntax error' if 'syntax error' in done.stderr else f'exit code {done.code}'}"
-
-
-__all__ = ("BACK_ENDS", "CONFIG_FOLDER", "UNIT_FOLDER", "HostFile", "Nftables", "back_end")
+__all__ = (
+    "BACK_ENDS",
+    "CONFIG_FOLDER",
+    "FILES",
+    "OPENER_ON_TRIAL",
+    "SERVICES",
+    "UNITS",
+    "UNIT_FOLDER",
+    "Abilities",
+    "BackEnd",
+    "HostFile",
+    "back_end",
+    "check_name",
+    "files_of",
+)

@@ -143,6 +143,7 @@ def build_model(
     tripwire_seed: bytes,
     avoid: AbstractSet[int],
     probe: Mapping[str, object],
+    opener: str = "kernel",
 ) -> dict[str, object]:
     """What the templates see as ``gate``: numbers, strings and lists, the same for the same arguments.
 
@@ -150,6 +151,7 @@ def build_model(
     :param avoid: ports that are in use on the host: neither a tripwire nor a stand-in is made of them.
     :param probe: what the host can do: ``socket_wildcard`` (nft and kernel can tell a listening socket from another),
         ``clock`` (its rules can ask for the time), ``one_time`` (they can use a sequence up).
+    :param opener: what watches for knocks, see the back end's abilities.
     :raises PortknockError: sequences that can't be told apart, or that hold a protected port; an operator who expires on a host
         whose rules can't, or one-time sequences where nothing uses one up.
     """
@@ -179,6 +181,7 @@ def build_model(
         "udp": _pair(settings.protected_udp, stand_ins, settings),
     }
     return {
+        "opener": opener,
         "protected_tcp": list(settings.protected_tcp),
         "protected_udp": list(settings.protected_udp),
         "trusted4": list(settings.trusted4),

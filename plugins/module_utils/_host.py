@@ -11,10 +11,21 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from types import MappingProxyType
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional
 
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import CONFIG_FOLDER, UNIT_FOLDER, Nftables
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import (
+    BACK_ENDS,
+    CONFIG_FOLDER,
+    FILES,
+    OPENER_ON_TRIAL,
+    SERVICES,
+    UNIT_FOLDER,
+    UNITS,
+    BackEnd,
+    back_end,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._changes import Difference
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._masking import masked
@@ -54,9 +65,10 @@ class Wanted(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the host has: the texts of its files, None where one is missing, the recorded state, and the kernel's table.
+    """What the host has: the texts of its files, None where one is missing, the recorded state, and what the kernel has.
 
-    ``enabled`` and ``running`` are the units of the back end that boot starts, and those that run now.
+    ``enforcer`` is the back end of the gate that is there, where none is the one that is asked for, and ``version`` that of the
+    latter. ``enabled`` and ``running`` are the gate's units that boot starts, and those that run now.
     """
 
     texts: Mapping[str, Optional[str]]
@@ -67,21 +79,35 @@ class Found(NamedTuple):
     running: frozenset[str]
     listing: Optional[dict[str, Any]]
     version: Optional[str]
+    enforcer: BackEnd
 
 
 class GateHost:
     """The gate of the host that this runs on.
 
+    :param backend: what is asked for.
     :param root: prefix of every path, for tests.
+    :param others: makes the back end that another gate was made with.
     """
 
-    def __init__(self, backend: Nftables, root: str = "", run: Runner = run_program) -> None:
+    def __init__(
+        self,
+        backend: BackEnd,
+        root: str = "",
+        run: Runner = run_program,
+        others: Callable[[str, Runner], BackEnd] = back_end,
+    ) -> None:
         self._backend = backend
         self._run = run
+        self._others = others
         self._root = root
         self._config = root + CONFIG_FOLDER
         self._units = root + UNIT_FOLDER
-        self._paths = {name: root + file.path for name, file in backend.files.items()}
+        # Other back ends' files, too: a change of the back end leaves none of them.
+        others_files = {name: file for name, file in FILES.items() if name not in backend.files}
+        self._paths = {name: root + file.path for name, file in {**others_files, **backend.files}.items()}
+        self._every_unit = tuple(dict.fromkeys((*UNITS, *backend.units)))
+        self._every_service = tuple(dict.fromkeys((*SERVICES, *backend.services)))
         self._gate = self._paths["gate"]
         self.trial = Trial(root + RUN_FOLDER, run)
         # There during a trial of nothing but the gate itself.
@@ -91,19 +117,29 @@ class GateHost:
         """Read files and kernel; changes nothing."""
         texts = {name: read_text(path) for name, path in self._paths.items()}
         boot_text = texts["gate"]
+        state = _state_in(boot_text or "")
+        enforcer = self._enforcer(state)
         if boot_text is not None:
-            texts["gate"] = self._backend.body(boot_text)
-        enabled = frozenset(unit for unit in self._backend.units if os.path.islink(self._link(unit)))
+            texts["gate"] = enforcer.body(boot_text)
+        enabled = frozenset(unit for unit in self._every_unit if os.path.islink(self._link(unit)))
         return Found(
             texts=texts,
-            state=_state_in(boot_text or ""),
+            state=state,
             is_on_disk=boot_text is not None,
-            private=boot_text is None or self._is_private(),
+            private=boot_text is None or self._is_private(enforcer),
             enabled=enabled,
-            running=frozenset(unit for unit in self._backend.services if unit in enabled and self._runs(unit)),
-            listing=self._backend.listing(),
+            running=frozenset(unit for unit in self._every_service if unit in enabled and self._runs(unit)),
+            listing=enforcer.listing(),
             version=self._backend.version(),
+            enforcer=enforcer,
         )
+
+    def _enforcer(self, state: Mapping[str, Any]) -> BackEnd:
+        """The back end of the gate with that state."""
+        name = str(state.get("backend"))
+        if name == self._backend.name or name not in BACK_ENDS:
+            return self._backend
+        return self._others(name, self._run)
 
     def exists(self, found: Found) -> bool:
         """Whether anything of a gate is there."""
@@ -114,12 +150,12 @@ class GateHost:
         """What is not as wanted, in files and kernel; empty when there is nothing to do."""
         differences = []
         for name, path in self._paths.items():
-            before, after = found.texts[name], wanted.texts[name]
+            before, after = found.texts[name], wanted.texts.get(name)
             if before != after:
-                differences.append(Difference(path, *masked(before or "", after)))
+                differences.append(Difference(path, *masked(before or "", after or "")))
         if found.is_on_disk:
             differences.extend(self._state_differences(wanted, found))
-        kernel = self._kernel_difference(found)
+        kernel = self._kernel_difference(found) if found.enforcer.name == self._backend.name else None
         if kernel:
             differences.append(Difference("the kernel's table", f"{kernel}\n", "the gate is loaded as confirmed\n"))
         return differences
@@ -138,15 +174,50 @@ class GateHost:
         """
         self.check(wanted)
         committed = f"cmp -s {shlex.quote(self._gate)} {shlex.quote(self.trial.path('committed'))}"
-        self._begin(run, seconds, "applied", committed, found, wanted.texts["closed"])
+        moves = found.enforcer.kernel != self._backend.kernel
+        # Another kind of rules takes their place: gone is what the former ones are meant to be, whoever watches over them.
+        self._begin(run, seconds, "moved" if moves else "applied", committed, found, wanted)
         write_text(self.trial.path("names"), _as_text(_names(found.state, wanted)), 0o600)
         text = wanted.texts["gate"]
         # A number that is another operator's from now on must not put former openings down to them.
-        self._backend.load(self._backend.forgetting(text) if _renames(found.state, wanted) else text, found.listing)
+        self._backend.load(
+            self._backend.forgetting(text) if _renames(found.state, wanted) else text,
+            self._backend.listing() if moves else found.listing,
+        )
         self._backend.arm(wanted.texts)
         write_text(self.trial.path("loaded"), _as_text(self._digests()), 0o600)
         if self._is_installed(wanted, found):
             write_text(self._installed, "", 0o600)
+        else:
+            self._change_opener(wanted, found)
+        if moves:
+            found.enforcer.unload()
+
+    def _change_opener(self, wanted: Wanted, found: Found) -> None:
+        """Stop what opened the former gate, and start what opens the wanted one, with its files in the trial's folder."""
+        if found.enforcer.opener in found.running:
+            self._systemctl("stop", str(found.enforcer.opener))
+        if self._backend.opener is None:
+            return
+        folder = self.trial.path("opener")
+        os.makedirs(folder, mode=0o700)
+        for name in self._backend.opener_files:
+            file = self._backend.files[name]
+            write_text(os.path.join(folder, os.path.basename(file.path)), wanted.texts[name], file.mode)
+        program = os.path.join(folder, os.path.basename(self._backend.files[self._backend.opener_files[0]].path))
+        started = self._run(
+            [
+                *("systemd-run", "--quiet", "--collect", f"--unit={OPENER_ON_TRIAL}"),
+                "--description=Open the port knocking gate that is on trial",
+                *("--property=Restart=always", "--property=RestartSec=100ms", "--property=StartLimitIntervalSec=0"),
+                *(sys.executable, "-I", "-S", program, folder),
+            ],
+            None,
+        )
+        if started.code != 0:
+            raise PortknockError(
+                f"What opens the gate can't be started: systemd-run failed with exit code {started.code}."
+            )
 
     def confirm(self, wanted: Wanted, run: str) -> None:
         """Make the loaded gate the one that a reboot brings back, then disarm. The trial's lock must be held.
@@ -164,14 +235,19 @@ class GateHost:
         text = self._boot_text(wanted, digests, run, _names(_state_in(read_text(self._gate) or ""), wanted))
         write_text(self.trial.path("committed"), text, 0o600)
         write_text(self._gate, text, 0o600)
+        left = self._leftovers_command(
+            [name for name, path in self._paths.items() if name not in wanted.texts and os.path.exists(path)]
+        )
+        if self._run(["/bin/sh", "-c", left], None).code != 0:
+            raise PortknockError(f"{self._config}: expected to be able to remove what the former back end had there.")
         self.trial.end()
 
     def _install(self, wanted: Wanted) -> None:
         """Put everything but the gate in its place, and start what watches over it."""
         _make_private_folder(self._config)
-        for name, path in self._paths.items():
-            if path != self._gate:
-                write_text(path, wanted.texts[name], self._backend.files[name].mode)
+        for name, file in self._backend.files.items():
+            if name != "gate":
+                write_text(self._paths[name], wanted.texts[name], file.mode)
         # As `systemctl enable` would, but with no moment at which a boot found files and did not look after them.
         for unit in self._backend.units:
             _make_link(os.path.join(self._units, unit), self._link(unit))
@@ -181,8 +257,8 @@ class GateHost:
 
     def _is_installed(self, wanted: Wanted, found: Found) -> bool:
         """Whether everything but the gate was in its place, and running, when this run came to the host."""
-        same = all(found.texts[name] == wanted.texts[name] for name, path in self._paths.items() if path != self._gate)
-        has_units = found.enabled.issuperset(self._backend.units) and found.running.issuperset(self._backend.services)
+        same = all(found.texts[name] == wanted.texts.get(name) for name in self._paths if name != "gate")
+        has_units = found.enabled == set(self._backend.units) and found.running == set(self._backend.services)
         return same and found.private and has_units
 
     def names(self, found: Found) -> Mapping[str, str]:
@@ -205,8 +281,8 @@ class GateHost:
         """Arm the way back, then take the gate out of the kernel. The trial's lock must be held."""
         gate, marker = shlex.quote(self._gate), shlex.quote(self.trial.path("committed"))
         committed = f"[ ! -e {gate} ]" if found.is_on_disk else f"[ -e {marker} ]"
-        self._begin(run, seconds, "absent", committed, found, found.texts["closed"])
-        self._backend.unload()
+        self._begin(run, seconds, "absent", committed, found, None)
+        found.enforcer.unload()
 
     def confirm_away(self, run: str) -> None:
         """Remove what is left of the gate, then disarm. The trial's lock must be held."""
@@ -222,7 +298,12 @@ class GateHost:
         """Remove the run-time folder: the last trace of a gate that was taken away."""
         self.trial.forget()
 
-    def _begin(self, run: str, seconds: int, kind: str, committed: str, found: Found, closed: Optional[str]) -> None:
+    def _begin(self, run: str, seconds: int, kind: str, committed: str, found: Found, wanted: Optional[Wanted]) -> None:
+        former = found.enforcer
+        # Where the rules that the former gate falls back on are lost, the wanted one may have them, too.
+        closed = found.texts[former.closed]
+        if wanted is not None and (closed is None or former.kernel == self._backend.kernel):
+            closed = wanted.texts.get(former.closed, closed)
         texts = {"kind": kind, "former": self._way_back(found, closed)}
         # A confirmation that died half-way has written these already.
         commands = ['restored="${restored-}"']
@@ -230,42 +311,69 @@ class GateHost:
             if path == self._gate:
                 continue
             text = found.texts[name]
-            target, former = shlex.quote(path), shlex.quote(self.trial.path(f"former.{name}"))
+            target, kept = shlex.quote(path), shlex.quote(self.trial.path(f"former.{name}"))
             if text is None:
                 commands.append(f"{{ [ ! -e {target} ] || {{ rm -f {target} && restored=yes; }}; }}")
             else:
                 texts[f"former.{name}"] = text
-                commands.append(f"{{ cmp -s {former} {target} || {{ cp {former} {target} && restored=yes; }}; }}")
-        left = [self._link(unit) for unit in self._backend.units if unit not in found.enabled]
+                commands.append(f"{{ cmp -s {kept} {target} || {{ cp {kept} {target} && restored=yes; }}; }}")
+        left = [self._link(unit) for unit in self._every_unit if unit not in found.enabled]
         left += [temporary_path(path) for path in self._paths.values()]
         commands.append(f"rm -f {' '.join(map(shlex.quote, left))}")
         if not os.path.isdir(self._config):
             commands.append(f"rm -rf {shlex.quote(self._config)}")
-        services = "".join(
-            f" systemctl {'restart' if unit in found.running else 'stop'} {unit};" for unit in self._backend.services
-        )
+        concerned = dict.fromkeys((*former.services, *self._backend.services))
+        services = "".join(f" systemctl {'restart' if unit in found.running else 'stop'} {unit};" for unit in concerned)
         commands.append(f'{{ [ -z "$restored" ] || {{ systemctl daemon-reload;{services} :; }}; }}')
+        if self._backend.opener is not None:
+            commands.append(f"{{ systemctl stop {OPENER_ON_TRIAL} || :; }}")
+        if former.opener in found.running:
+            # It must be there for somebody to get in: tried until it is.
+            commands.append(f"systemctl start {former.opener}")
         # What the former gate had armed went with its table.
-        commands.append(self._backend.arm_command(self._root))
+        commands.append(former.arm_command(self._root))
+        load = former.restore_command(shlex.quote(self.trial.path("former")))
+        if kind == "moved":
+            load = f"{load} && {self._backend.unload_command()}"
+        if wanted is None:
+            finish = self._removal_command()
+        else:
+            finish = self._leftovers_command(
+                [name for name, text in found.texts.items() if text is not None and name not in wanted.texts]
+            )
         self.trial.begin(
-            run,
-            seconds,
-            load=self._backend.restore_command(shlex.quote(self.trial.path("former"))),
-            files=" && ".join(commands),
-            committed=committed,
-            finish=self._removal_command() if kind == "absent" else ":",
-            texts=texts,
+            run, seconds, load=load, files=" && ".join(commands), committed=committed, finish=finish, texts=texts
         )
+
+    def _leftovers_command(self, names: Iterable[str]) -> str:
+        """Shell command that ends what only the former gate needed, once the wanted one is committed.
+
+        :param names: the files that are left of it.
+        """
+        commands = [] if self._backend.opener is None else [f"{{ systemctl stop {OPENER_ON_TRIAL} || :; }}"]
+        files = [self._paths[name] for name in names]
+        units = [unit for unit in self._every_unit if os.path.join(self._units, unit) in files]
+        if units:
+            # A service whose unit is gone would go on without anybody who knows it.
+            commands.append(f"{{ systemctl stop {' '.join(units)} || :; }}")
+            files += map(self._link, units)
+        if files:
+            commands.append(f"rm -f {' '.join(map(shlex.quote, files))}")
+        if units:
+            commands.append("{ systemctl daemon-reload || :; }")
+        return " && ".join(commands) or ":"
 
     def _removal_command(self) -> str:
         """Shell command that removes everything on disk but the gate itself, whose removal is the moment of commitment."""
-        units = [path for path in self._paths.values() if path.startswith(self._units)]
-        files = " ".join(shlex.quote(path) for path in (*units, *map(self._link, self._backend.units)))
+        paths = [os.path.join(self._units, unit) for unit in self._every_unit]
+        files = " ".join(shlex.quote(path) for path in (*paths, *map(self._link, self._every_unit)))
+        units = [unit for unit in self._every_unit if os.path.exists(os.path.join(self._units, unit))]
+        services = [unit for unit in self._every_service if unit in units]
         # With a full /run systemd reloads nothing, and disabling reloads: what has to go does not wait for that.
         # Once more where it fails: a service whose unit is gone would go on without anybody who knows it.
-        stop = f"systemctl stop {' '.join(self._backend.services)}"
+        stop = f"systemctl stop {' '.join(services or self._backend.services)}"
         return (
-            f"{{ {stop} || {stop}; }}; systemctl --quiet disable {' '.join(self._backend.units)}; "
+            f"{{ {stop} || {stop}; }}; systemctl --quiet disable {' '.join(units or self._backend.units)}; "
             f"rm -f {files} && rm -rf {shlex.quote(self._config)} && systemctl daemon-reload"
         )
 
@@ -276,15 +384,16 @@ class GateHost:
         would leave the port open. Where there is none that loads, what the kernel has; and where a gate was wanted and
         neither is to be had, the closed table.
         """
+        enforcer = found.enforcer
         former = read_text(self._gate)
-        if former is not None and self._backend.accepts(former):
+        if former is not None and enforcer.accepts(former):
             return former
-        kernel = self._backend.kernel_text() if found.listing is not None else None
-        if kernel is not None and self._backend.accepts(self._backend.boot_text(kernel)):
-            return self._backend.boot_text(kernel)
+        kernel = enforcer.kernel_text() if found.listing is not None else None
+        if kernel is not None and enforcer.accepts(enforcer.boot_text(kernel)):
+            return enforcer.boot_text(kernel)
         if former is not None and closed is not None:
-            return self._backend.boot_text(closed)
-        return self._backend.unload_text()
+            return enforcer.boot_text(closed)
+        return enforcer.unload_text()
 
     def _boot_text(self, wanted: Wanted, digests: Mapping[str, str], run: str, names: Mapping[str, str]) -> str:
         state = {
@@ -301,6 +410,8 @@ class GateHost:
 
     def _state_differences(self, wanted: Wanted, found: Found) -> list[Difference]:
         differences = []
+        if found.enforcer.name != self._backend.name:
+            differences.append(Difference("the back end", f"{found.enforcer.name}\n", f"{self._backend.name}\n"))
         for key in ("keyring", "generation", "fingerprint"):
             after = getattr(wanted, key)
             if found.state.get(key) != after:
@@ -309,11 +420,14 @@ class GateHost:
             differences.append(
                 Difference(self._config, "others than root can read or write it\n", "only root can read and write it\n")
             )
-        for unit in self._backend.units:
-            if unit not in found.enabled:
-                differences.append(Difference(unit, "not started at boot\n", "started at boot\n"))
-            elif unit in self._backend.services and unit not in found.running:
-                differences.append(Difference(unit, "not running\n", "running\n"))
+        for unit in self._every_unit:
+            if unit in self._backend.units:
+                if unit not in found.enabled:
+                    differences.append(Difference(unit, "not started at boot\n", "started at boot\n"))
+                elif unit in self._backend.services and unit not in found.running:
+                    differences.append(Difference(unit, "not running\n", "running\n"))
+            elif unit in found.enabled:
+                differences.append(Difference(unit, "started at boot\n", "not started at boot\n"))
         return differences
 
     def _kernel_difference(self, found: Found) -> Optional[str]:
@@ -343,8 +457,8 @@ class GateHost:
     def _runs(self, unit: str) -> bool:
         return self._run(["systemctl", "--quiet", "is-active", unit], None).code == 0
 
-    def _is_private(self) -> bool:
-        secret = [self._paths[name] for name, file in self._backend.files.items() if not file.mode & 0o077]
+    def _is_private(self, enforcer: BackEnd) -> bool:
+        secret = [self._paths[name] for name, file in enforcer.files.items() if not file.mode & 0o077]
         return _is_private(self._config, *filter(os.path.exists, secret))
 
     def _systemctl(self, *arguments: str) -> None:

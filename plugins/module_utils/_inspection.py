@@ -8,10 +8,9 @@ import os
 import time
 from typing import Any, Mapping, Optional
 
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import Nftables, back_end
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import back_end
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._host import Found, GateHost
-from ansible_collections.fleet.portknock.plugins.module_utils._nft import has_one_time
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
     global_ipv6_addresses,
     ports_in_use,
@@ -53,13 +52,13 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
         except PortknockError as exc:
             problem = str(exc)
     peer = ssh_peer(pid)
-    stock = enforcer.stock() if has_one_time(found.texts["gate"] or "") else {}
-    names = enforcer.one_time_operators(found.texts["gate"] or "")
+    text = found.texts["gate"] or ""
+    stock, names = found.enforcer.stock(text), found.enforcer.one_time_operators(text)
     return {
         "gate": {
             "present": found.texts["gate"] is not None,
             "loaded": found.listing is not None,
-            "watched": found.running.issuperset(enforcer.services),
+            "watched": found.running.issuperset(found.enforcer.services),
             "on_trial": host.trial.pending() is not None,
             "backend": found.state.get("backend"),
             "keyring": found.state.get("keyring"),
@@ -70,11 +69,11 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
             },
             "one_time_last": stock.get("last", 0),
         },
-        "openings": _openings(enforcer, host, found),
+        "openings": _openings(host, found),
         "backend": {
             "name": backend,
             "version": found.version,
-            "missing_programs": [] if found.version else [enforcer.program],
+            "missing_programs": enforcer.missing_programs(),
             "capabilities": capabilities,
             "problem": problem,
         },
@@ -90,10 +89,11 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
     }
 
 
-def _openings(enforcer: Nftables, host: GateHost, found: Found) -> list[dict[str, Any]]:
+def _openings(host: GateHost, found: Found) -> list[dict[str, Any]]:
     """Who opened the gate, the latest first."""
     if found.listing is None:
         return []
+    enforcer = found.enforcer
     names, now, windows = host.names(found), time.time(), enforcer.windows(found.listing)
     return [
         {

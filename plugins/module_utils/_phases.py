@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any, Mapping, Optional
 
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import Nftables, back_end
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import BackEnd, back_end
 from ansible_collections.fleet.portknock.plugins.module_utils._changes import (
     Change,
     Difference,
@@ -41,7 +41,7 @@ class GateChange(Change):
     def __init__(
         self,
         host: GateHost,
-        enforcer: Nftables,
+        enforcer: BackEnd,
         wanted: Optional[Wanted],
         payload: Mapping[str, Any],
         pid: int,

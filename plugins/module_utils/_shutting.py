@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import AbstractSet, Any, Iterable, Mapping, NamedTuple
 
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import Nftables
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import BackEnd
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import Source
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import Peer, Session, tcp_sessions
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner
@@ -25,7 +25,7 @@ class Targets(NamedTuple):
 
 
 def find(
-    enforcer: Nftables,
+    enforcer: BackEnd,
     numbers: AbstractSet[int],
     ports: AbstractSet[int],
     spare: Iterable[Session],
@@ -70,7 +70,7 @@ def find(
 
 
 def shut(
-    enforcer: Nftables,
+    enforcer: BackEnd,
     numbers: AbstractSet[int],
     ports: AbstractSet[int],
     end_sessions: bool,

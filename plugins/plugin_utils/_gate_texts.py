@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_name
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, build_model
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
@@ -40,7 +41,8 @@ def gate_texts(
     # as it was when the secrets were made, so that a service that comes and goes changes nothing.
     avoid = entry.avoid | {knock.port for knock in in_use if knock.port < _FIRST_UNPRIVILEGED}
     honoured = entry.honoured(operators)
-    gate = build_model(settings, honoured, entry.tripwire_seed, avoid, found["backend"]["capabilities"])
+    probe, opener = found["backend"]["capabilities"], BACK_ENDS[check_name(backend)].opener
+    gate = build_model(settings, honoured, entry.tripwire_seed, avoid, probe, opener)
     return {
         "texts": render(templates, backend, gate),
         "keyring": entry.keyring_id,

@@ -20,14 +20,14 @@ from jinja2 import Environment, FileSystemBytecodeCache, FileSystemLoader, Stric
 def render(folder: Path, backend: str, gate: Mapping[str, Any]) -> dict[str, str]:
     """Render every template of a back end.
 
-    :param folder: holds a folder of templates for each back end.
+    :param folder: holds a folder of templates for each back end, and ``common``.
     :param gate: the model that the templates see.
     :returns: the texts of the back end's files, by its names for them.
     :raises PortknockError: a template is missing or wrong; says which and on what line, never with what values.
     """
     # Plain text for nft and systemd, so there is nothing to escape; lines that hold only a statement leave nothing behind.
     environment = Environment(
-        loader=FileSystemLoader(folder / backend),
+        loader=FileSystemLoader(folder),
         # Compiled once for all hosts of a run, whose own folder this is. What it holds are the templates, without values.
         bytecode_cache=FileSystemBytecodeCache(constants.DEFAULT_LOCAL_TMP),
         undefined=StrictUndefined,
@@ -43,13 +43,13 @@ def render(folder: Path, backend: str, gate: Mapping[str, Any]) -> dict[str, str
             texts[key] = environment.get_template(name).render(gate=gate)
         except TemplateError as exc:
             line = getattr(exc, "lineno", None)
-            where = f"{folder / backend / name}, line {line}" if line else str(folder / backend / name)
+            where = f"{folder / name}, line {line}" if line else str(folder / name)
             raise PortknockError(
                 f"knock_server_templates: expected a template that renders; {where}: {type(exc).__name__}."
             ) from None
         except OSError as exc:
             raise PortknockError(
-                f"knock_server_templates: expected {folder / backend / name} to be readable; got {exc.strerror}."
+                f"knock_server_templates: expected {folder / name} to be readable; got {exc.strerror}."
             ) from None
     return texts
 

@@ -22,7 +22,7 @@ PROGRAMS = ("nft", "systemctl", "systemd-run")
 # Fleet.state passes by /var/cache; it outlives a restart.
 FAULTS = "var/cache/faults"
 TRIAL = "run/fleet-portknock/trial"
-CONFIRMED = "etc/fleet-portknock/gate.nft"
+CONFIRMED = "etc/fleet-portknock/gate.rules"
 BOOT_SECONDS = 60
 # Somebody else's rules, which come back at boot by themselves. They decide nothing, but are there to be counted.
 NEIGHBOUR = """\

@@ -109,7 +109,7 @@ def broken_templates(fleet: Fleet) -> Path:
     folder = fleet.directory / "broken-templates"
     if not folder.exists():
         shutil.copytree(ROOT / "roles/knock_server/templates", folder)
-        gate = folder / "nftables/gate.nft.j2"
+        gate = folder / "nftables/knocks.nft.j2"
         text = gate.read_text()
         assert text.count(_OPENING) == 1, "the templates open otherwise than this test knows"
         gate.write_text(text.replace(_OPENING, ""))

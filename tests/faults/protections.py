@@ -18,7 +18,7 @@ from lab import ROOT
 _PARTS = ("plugins", "roles", "playbooks", "meta", "galaxy.yml")
 _TRIAL = "plugins/module_utils/_trial.py"
 _HOST = "plugins/module_utils/_host.py"
-_BACKENDS = "plugins/module_utils/_backends.py"
+_NFTABLES = "plugins/module_utils/_backend_nftables.py"
 _ROTATION = "plugins/module_utils/_rotation.py"
 _SYSTEM = "plugins/module_utils/_system.py"
 _CONTROLLERS_KEYRING = "plugins/plugin_utils/_keyring.py"
@@ -78,7 +78,7 @@ PROTECTIONS: tuple[Protection, ...] = (
         Step("apply", "nft -f"),
         (
             Cut(
-                _BACKENDS,
+                _NFTABLES,
                 'done = self._run([self.program, "-f", "-"], replace_transaction(text, listing))',
                 'self._run(["/usr/sbin/nft", "-f", "-"], _FRESH_TABLE)\n'
                 # Long enough for whoever looks from outside on a busy machine.

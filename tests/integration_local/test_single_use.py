@@ -9,7 +9,6 @@ import socket
 import sys
 from pathlib import Path
 
-import jinja2
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import Honoured, build_model, settings_from
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
@@ -19,12 +18,13 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     probe,
 )
 from ansible_collections.fleet.portknock.plugins.plugin_utils._program import helper_program
+from ansible_collections.fleet.portknock.plugins.plugin_utils._rendering import render
 
 from . import conftest as acc
 from .conftest import Lab, Outcome
 from .test_connection import NO_PERSIST
 
-TEMPLATE = Path(__file__).parents[2] / "roles/knock_server/templates/nftables/gate.nft.j2"
+TEMPLATES = Path(__file__).parents[2] / "roles/knock_server/templates"
 HOST = Address(socket.AF_INET, (acc.SERVER4, acc.PORT))
 # What arrives, before the gate sees it.
 COUNTERS = f"""
@@ -53,8 +53,7 @@ class Gate:
         model = build_model(
             settings, {"default": Honoured(1, [acc.RIGHT])}, b"\x5a" * 32, frozenset(), {"socket_wildcard": True}
         )
-        environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, autoescape=False)  # noqa: S701
-        text = environment.from_string(TEMPLATE.read_text()).render(gate=model)
+        text = render(TEMPLATES, "nftables", model)["gate"]
         self._lab.inside("nft", "-f", "-", given=f"flush ruleset\n{COUNTERS}{text}")
 
     def count(self, name: str) -> int:

@@ -32,7 +32,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
-TEMPLATES = Path(__file__).resolve().parents[2] / "roles/knock_server/templates/nftables"
+TEMPLATES = Path(__file__).resolve().parents[2] / "roles/knock_server/templates"
 # Another release's nft can be tried: a command that runs it in the network namespace that it is started in.
 NFT = shlex.split(os.environ.get("PORTKNOCK_TEST_NFT", "nft"))
 PREFIX = f"fpk{os.getpid() % 100000}"
@@ -310,13 +310,14 @@ class Lab:
             operators[name] = operators[name]._replace(valid_from=begin, valid_until=end)
         model = build_model(settings, operators, SEED, avoid, probe or {"socket_wildcard": True, "one_time": True})
         environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(TEMPLATES),
             trim_blocks=True,
+            lstrip_blocks=True,
             keep_trailing_newline=True,
             undefined=jinja2.StrictUndefined,
             autoescape=False,  # noqa: S701
         )
-        text = (TEMPLATES / f"{template}.nft.j2").read_text()
-        return environment.from_string(text).render(gate=model), model
+        return environment.get_template(f"nftables/{template}.nft.j2").render(gate=model), model
 
     def gate(self, **options: Any) -> dict[str, Any]:
         """Load the gate as the module does; returns the model."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import pytest
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import Nftables
+from ansible_collections.fleet.portknock.plugins.module_utils._backend_nftables import Nftables
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import (
     TABLE,
     Opening,

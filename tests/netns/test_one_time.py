@@ -76,7 +76,7 @@ class Host:
 
 
 def module_of(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(name, TEMPLATES / f"{name}.py")
+    specification = importlib.util.spec_from_file_location(name, TEMPLATES / f"nftables/{name}.py")
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)

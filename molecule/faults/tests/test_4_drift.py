@@ -13,7 +13,7 @@ UNITS = "/etc/systemd/system"
 # What is done to box and to other, and what the diff must say of each.
 SPOILED = {
     "files lost, rule lost": (
-        (f"rm -r {CONFIG}", [f"{CONFIG}/gate.nft", f"{CONFIG}/closed.nft", f"{CONFIG}/watch.py"]),
+        (f"rm -r {CONFIG}", [f"{CONFIG}/gate.rules", f"{CONFIG}/closed.nft", f"{CONFIG}/watch.py"]),
         ("nft flush chain inet fleet_portknock lock_tcp", ["chain lock_tcp was changed"]),
     ),
     "rule added, half of the table lost": (
@@ -32,7 +32,7 @@ SPOILED = {
             "nft add table inet fleet_portknock '{ flags dormant; }'",
             ["table fleet_portknock was changed"],
         ),
-        (f"echo 'table ip extra {{ }}' >>{CONFIG}/gate.nft", [f"{CONFIG}/gate.nft"]),
+        (f"echo 'table ip extra {{ }}' >>{CONFIG}/gate.rules", [f"{CONFIG}/gate.rules"]),
     ),
     "not started at boot, not watched": (
         (
@@ -75,7 +75,7 @@ def test_gate_that_does_not_load_at_boot_leaves_only_the_trusted_in(fleet: Fleet
     controller = [fleet.description[key] for key in ("gateway4", "gateway6")]
     run = fleet.play("fleet.portknock.site", variables={"knock_server_trusted_sources": [trusted, *controller]})
     assert run.status == 0, run.output
-    fleet.execute("box", f"sed -i 's/chain lock /chain lock lock /' {CONFIG}/gate.nft")
+    fleet.execute("box", f"sed -i 's/chain lock /chain lock lock /' {CONFIG}/gate.rules")
     fleet.restart("box")
     wait_until(lambda: fleet.has_booted("box"), 60, "box has booted")
     target4, target6 = (fleet.hosts["box"][family] for family in FAMILIES)

@@ -25,13 +25,13 @@ def gates(fleet: Fleet) -> None:
 def test_a_check_says_what_would_happen(fleet: Fleet) -> None:
     folder = fleet.directory / "knock_keyring"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    gate = [fleet.execute(host, "sha256sum /etc/fleet-portknock/gate.nft") for host in fleet.hosts]
+    gate = [fleet.execute(host, "sha256sum /etc/fleet-portknock/gate.rules") for host in fleet.hosts]
     run = rotate(fleet, "--check", "--diff")
     assert run.status == 0, run.output
     assert '"got_new_sequences": 3' in run.output
     assert run.output.count("+    both: true") == 5
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert [fleet.execute(host, "sha256sum /etc/fleet-portknock/gate.nft") for host in fleet.hosts] == gate
+    assert [fleet.execute(host, "sha256sum /etc/fleet-portknock/gate.rules") for host in fleet.hosts] == gate
 
 
 def test_hosts_have_to_be_named(fleet: Fleet) -> None:
@@ -163,7 +163,7 @@ def broken_templates(fleet: Fleet) -> Path:
     role = Path(__file__).parents[3] / "roles/knock_server/templates"
     folder = fleet.directory / "templates"
     subprocess.run(["cp", "-r", str(role), str(folder)], check=True)
-    gate = folder / "nftables/gate.nft.j2"
+    gate = folder / "nftables/knocks.nft.j2"
     text = gate.read_text()
     assert text.count(OPENING) == 1
     gate.write_text(text.replace(OPENING, f"#{OPENING}"))

@@ -145,7 +145,8 @@ def test_site_fills_the_stock_up(runs: Runs) -> None:
 
 def test_each_for_one_connection_only(fleet: Fleet, runs: Runs) -> None:
     """Together with single use: a sequence opens once, and what it opens is good for one connection."""
-    variables = {**VARIABLES, "knock_server_single_use": True}
+    # More of them: what comes now uses nearly as many as may be left of the others, and a busy machine tries again.
+    variables = {**VARIABLES, "knock_server_one_time": 2 * STOCK, "knock_server_single_use": True}
     assert runs("fleet.portknock.site", variables=variables).recap[HOST]["changed"]
     runs.often()
     (source,), target = fleet.sources.take("ipv4"), fleet.hosts[HOST]["ipv4"]

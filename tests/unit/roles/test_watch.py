@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import Nftables
+from ansible_collections.fleet.portknock.plugins.module_utils._backend_nftables import Nftables
 from ansible_collections.fleet.portknock.plugins.module_utils._host import RUN_FOLDER
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import TABLE
 from ansible_collections.fleet.portknock.plugins.module_utils._system import SEARCH_PATH
@@ -40,8 +40,8 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "watch", module)
     specification.loader.exec_module(module)
     (tmp_path / "trial").mkdir()
-    (tmp_path / "gate.nft").touch()
-    monkeypatch.setattr(module, "GATE", str(tmp_path / "gate.nft"))
+    (tmp_path / "gate.rules").touch()
+    monkeypatch.setattr(module, "GATE", str(tmp_path / "gate.rules"))
     monkeypatch.setattr(module, "LOCK", str(tmp_path / "lock"))
     monkeypatch.setattr(module, "TRIAL", str(tmp_path / "trial"))
     return module
@@ -105,13 +105,15 @@ def test_a_gate_that_is_there_is_left_alone(
 def test_a_gate_that_was_never_confirmed_is_none_of_its_business(
     watch: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "gate.nft").unlink()
+    (tmp_path / "gate.rules").unlink()
     programs = Programs()
     assert run(watch, monkeypatch, programs)
     assert programs.ran == []
 
 
-@pytest.mark.parametrize(("kind", "ran"), [("applied", ["restore-aa.sh"]), ("absent", []), ("sshd", ["load.sh"])])
+@pytest.mark.parametrize(
+    ("kind", "ran"), [("applied", ["restore-aa.sh"]), ("absent", []), ("moved", []), ("sshd", ["load.sh"])]
+)
 def test_what_is_on_trial_decides(
     watch: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, ran: list[str]
 ) -> None:

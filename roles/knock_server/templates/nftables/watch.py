@@ -21,7 +21,7 @@ import time
 from typing import Iterator, NamedTuple, Optional
 
 TABLE = "fleet_portknock"
-GATE = "/etc/fleet-portknock/gate.nft"
+GATE = "/etc/fleet-portknock/gate.rules"
 LOADER = "/etc/fleet-portknock/load.sh"
 STOCK = "/etc/fleet-portknock/stock.py"
 LOCK = "/run/fleet-portknock/lock"
@@ -208,8 +208,10 @@ def bring_back(reason: str) -> bool:
         # What sshd is told is another matter: its trial goes on.
         if run is None or kind == "sshd":
             return _load(reason, began)
-    if kind == "absent":
-        return True  # a removal is on trial: gone is what the gate is meant to be
+    if kind in ("absent", "moved"):
+        return (
+            True  # a removal, or a change to rules of another kind, is on trial: gone is what this gate is meant to be
+        )
     # Any other change that is on trial goes back now; the way back takes the lock itself, and may be under way already.
     if held:
         _say(2, reason and f"{reason} while a change was on trial: going back to what was confirmed.")

@@ -169,6 +169,7 @@ def test_the_model_is_plain_and_repeats_itself() -> None:
             "max_windows",
             "one_time",
             "open_window",
+            "opener",
         ),
         *(
             "begin_timeout",

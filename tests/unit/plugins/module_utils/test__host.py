@@ -12,14 +12,20 @@ from typing import Any, Optional
 
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils import _host
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import CONFIG_FOLDER, UNIT_FOLDER, HostFile
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import (
+    CONFIG_FOLDER,
+    OPENER_ON_TRIAL,
+    UNIT_FOLDER,
+    HostFile,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._host import WANTED_BY, GateHost, Wanted
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Completed, run
 
 UNIT = "fleet-portknock.service"
 SERVICE = "fleet-portknock-watch.service"
-TEXTS = {"closed": "closed\n", "load": "load\n", "unit": "unit\n", "service": "service\n", "gate": "the gate\n"}
+OPENER = "fleet-portknock-opener.service"
+TEXTS = {"closed": "closed\n", "load": "load\n", "unit": "unit\n", "watch_unit": "service\n", "gate": "the gate\n"}
 WANTED = Wanted(TEXTS, keyring="k1", generation=1, fingerprint="f1")
 NEWER = Wanted(
     {**TEXTS, "gate": "another gate\n", "unit": "another unit\n"}, keyring="k1", generation=2, fingerprint="f2"
@@ -36,14 +42,18 @@ class FileBackend:
         "closed": HostFile("closed", f"{CONFIG_FOLDER}/closed.nft", 0o600),
         "load": HostFile("load", f"{CONFIG_FOLDER}/load.sh", 0o700),
         "unit": HostFile("unit", f"{UNIT_FOLDER}/{UNIT}", 0o644),
-        "service": HostFile("service", f"{UNIT_FOLDER}/{SERVICE}", 0o644),
-        "gate": HostFile("gate", f"{CONFIG_FOLDER}/gate.nft", 0o600),
+        "watch_unit": HostFile("service", f"{UNIT_FOLDER}/{SERVICE}", 0o644),
+        "gate": HostFile("gate", f"{CONFIG_FOLDER}/gate.rules", 0o600),
     }
-    units = (UNIT, SERVICE)
-    services = (SERVICE,)
+    units: Sequence[str] = (UNIT, SERVICE)
+    services: Sequence[str] = (SERVICE,)
+    kernel = "file"
+    closed = "closed"
+    opener: Optional[str] = None
+    opener_files: Sequence[str] = ()
 
-    def __init__(self, kernel: Path) -> None:
-        self.kernel = kernel
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.refuses = ""
         self.forgot = 0
         self.armed: list[str] = []
@@ -62,38 +72,41 @@ class FileBackend:
         return boot_text.partition("BOOT\n")[2] or None
 
     def listing(self) -> Optional[dict[str, Any]]:
-        return {"text": self.kernel.read_text()} if self.kernel.exists() else None
+        return {"text": self.path.read_text()} if self.path.exists() else None
 
     def digests(self, listing: dict[str, Any]) -> dict[str, str]:
         return {line.split()[0]: line for line in listing["text"].splitlines()}
 
     def kernel_text(self) -> Optional[str]:
-        return self.kernel.read_text() if self.kernel.exists() else None
+        return self.path.read_text() if self.path.exists() else None
 
     def accepts(self, text: str) -> bool:
         return "broken" not in text
 
     def load(self, text: str, listing: Optional[dict[str, Any]]) -> None:
-        self.kernel.write_text(text)
+        self.path.write_text(text)
 
     def forgetting(self, text: str) -> str:
         self.forgot += 1
         return text
 
     def arm(self, texts: Mapping[str, str]) -> None:
-        self.armed.append(self.kernel.read_text())
+        self.armed.append(self.path.read_text())
 
     def arm_command(self, root: str) -> str:
-        return f"cat {shlex.quote(str(self.kernel))} >> {shlex.quote(f'{self.kernel}.armed')} || :"
+        return f"cat {shlex.quote(str(self.path))} >> {shlex.quote(f'{self.path}.armed')} || :"
 
     def unload(self) -> None:
-        self.kernel.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
     def unload_text(self) -> str:
         return "BOOT\n"
 
+    def unload_command(self) -> str:
+        return f"rm -f {shlex.quote(str(self.path))}"
+
     def restore_command(self, path: str) -> str:
-        kernel = shlex.quote(str(self.kernel))
+        kernel = shlex.quote(str(self.path))
         return f"sed '0,/BOOT/d' {path} > {kernel} && if ! [ -s {kernel} ]; then rm {kernel}; fi"
 
 
@@ -109,11 +122,13 @@ class Systemd:
         self._units = units
         self.running: set[str] = set()
         self.reloads = True
+        self.starts = 0
         self.asked: list[str] = []
 
     def __call__(self, argv: Sequence[str], stdin: Optional[str] = None) -> Completed:
         if argv[0] == "systemd-run":
-            return Completed(0, "", "")
+            self.running |= {word[7:] for word in argv if word.startswith("--unit=") and word.endswith(".service")}
+            return Completed(self.starts, "", "")
         if argv[0] == "/bin/sh":
             return self._shell(argv)
         if argv[0] != "systemctl":
@@ -124,6 +139,8 @@ class Systemd:
             return Completed(0 if units[0] in self.running else 3, "", "")
         if verb == "restart":
             self.running |= set(units)
+        if verb == "stop":
+            self.running -= set(units)
         if verb == "enable":
             for unit in units:
                 link = self._units / f"{WANTED_BY}.wants" / unit
@@ -153,7 +170,7 @@ class Systemd:
             verbs, units = set(line.split()), {word for word in line.split() if word.endswith(".service")}
             if verbs & {"stop", "--now"}:
                 self.running -= units
-            if "restart" in verbs:
+            if verbs & {"start", "restart"}:
                 self.running |= units
         asked.unlink()
         return done
@@ -210,7 +227,7 @@ def whats(host: GateHost, wanted: Wanted) -> list[str]:
 
 
 def test_a_virgin_host_lacks_everything(host: GateHost) -> None:
-    assert whats(host, WANTED) == ["closed.nft", "load.sh", UNIT, SERVICE, "gate.nft", "the kernel's table"]
+    assert whats(host, WANTED) == ["closed.nft", "load.sh", UNIT, SERVICE, "gate.rules", "the kernel's table"]
     assert not host.exists(host.inspect())
 
 
@@ -234,7 +251,7 @@ def test_confirmed_gate_leaves_nothing_to_do(host: GateHost) -> None:
     [
         pytest.param("gate", False, [], id="new secrets"),
         pytest.param("gate", True, ["daemon-reload", "restart"], id="new secrets, and the watch has died"),
-        pytest.param("service", False, ["daemon-reload", "restart"], id="a new unit"),
+        pytest.param("watch_unit", False, ["daemon-reload", "restart"], id="a new unit"),
     ],
 )
 def test_services_are_left_alone_where_only_the_gate_is_new(
@@ -278,7 +295,7 @@ def test_files_with_secrets_are_roots_alone(host: GateHost, tmp_path: Path) -> N
     config = tmp_path / "etc/fleet-portknock"
     assert config.stat().st_mode & 0o777 == 0o700
     assert {path.name: path.stat().st_mode & 0o777 for path in config.iterdir()} == {
-        "gate.nft": 0o600,
+        "gate.rules": 0o600,
         "closed.nft": 0o600,
         "load.sh": 0o700,
     }
@@ -309,7 +326,7 @@ def test_confirmation_that_dies_before_the_commit_is_undone(
     real = os.replace
 
     def dies_at_the_commit(source: str, target: str) -> None:
-        if target.endswith("gate.nft"):
+        if target.endswith("gate.rules"):
             raise KeyboardInterrupt
         real(source, target)
 
@@ -376,7 +393,7 @@ def test_removal_that_dies_after_the_commit_is_finished(
     confirm(host, WANTED)
 
     def dies(_path: str) -> None:
-        os.unlink(tmp_path / "etc/fleet-portknock/gate.nft")
+        os.unlink(tmp_path / "etc/fleet-portknock/gate.rules")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, host.trial.turn("bb"):
@@ -422,7 +439,7 @@ def test_removal_leaves_nothing(host: GateHost, systemd: Systemd, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "lost", ["rm -r {root}/etc/fleet-portknock", "echo broken > {root}/etc/fleet-portknock/gate.nft"]
+    "lost", ["rm -r {root}/etc/fleet-portknock", "echo broken > {root}/etc/fleet-portknock/gate.rules"]
 )
 def test_repair_that_is_not_confirmed_leaves_the_port_closed(host: GateHost, tmp_path: Path, lost: str) -> None:
     """The kernel still has the gate, its file is gone or useless."""
@@ -450,7 +467,7 @@ def test_removal_without_a_file_goes_back_too(host: GateHost, tmp_path: Path) ->
 def test_gate_that_does_not_load_goes_back_to_the_closed_table(host: GateHost, tmp_path: Path) -> None:
     apply(host, WANTED)
     confirm(host, WANTED)
-    os.system(f"echo broken > {tmp_path}/etc/fleet-portknock/gate.nft; rm {tmp_path}/kernel")  # noqa: S605
+    os.system(f"echo broken > {tmp_path}/etc/fleet-portknock/gate.rules; rm {tmp_path}/kernel")  # noqa: S605
     apply(host, NEWER)
     host.trial.restore("aa")
     assert (tmp_path / "kernel").read_text() == "closed\n"
@@ -459,8 +476,8 @@ def test_gate_that_does_not_load_goes_back_to_the_closed_table(host: GateHost, t
 def test_file_that_is_no_text_is_repaired(host: GateHost, tmp_path: Path) -> None:
     apply(host, WANTED)
     confirm(host, WANTED)
-    (tmp_path / "etc/fleet-portknock/gate.nft").write_bytes(b"\xff\xfe")
-    assert "gate.nft" in whats(host, WANTED)
+    (tmp_path / "etc/fleet-portknock/gate.rules").write_bytes(b"\xff\xfe")
+    assert "gate.rules" in whats(host, WANTED)
     apply(host, WANTED)
     confirm(host, WANTED)
     assert whats(host, WANTED) == []
@@ -490,10 +507,10 @@ def test_what_was_not_loaded_for_the_trial_is_not_confirmed(
     [
         ("rm {root}/kernel", ["the kernel's table"]),
         ("echo tampered > {root}/kernel", ["the kernel's table"]),
-        ("echo more >> {root}/etc/fleet-portknock/gate.nft", ["gate.nft"]),
-        ("rm {root}/etc/fleet-portknock/gate.nft", ["gate.nft", "the kernel's table"]),
+        ("echo more >> {root}/etc/fleet-portknock/gate.rules", ["gate.rules"]),
+        ("rm {root}/etc/fleet-portknock/gate.rules", ["gate.rules", "the kernel's table"]),
         ("rm {root}/etc/fleet-portknock/closed.nft", ["closed.nft"]),
-        ("chmod 644 {root}/etc/fleet-portknock/gate.nft", ["fleet-portknock"]),
+        ("chmod 644 {root}/etc/fleet-portknock/gate.rules", ["fleet-portknock"]),
         ("rm {root}/etc/systemd/system/sysinit.target.wants/fleet-portknock.service", [UNIT]),
         ("rm {root}/etc/systemd/system/fleet-portknock.service", [UNIT]),
     ],
@@ -538,7 +555,7 @@ def test_what_differs_in_the_kernel_is_named_and_not_shown(host: GateHost, tmp_p
 def test_gate_on_disk_without_a_record_of_what_was_loaded_is_made_anew(host: GateHost, tmp_path: Path) -> None:
     apply(host, WANTED)
     confirm(host, WANTED)
-    gate = tmp_path / "etc/fleet-portknock/gate.nft"
+    gate = tmp_path / "etc/fleet-portknock/gate.rules"
     gate.write_text(gate.read_text().replace('"digests"', '"others"'))
     assert whats(host, WANTED) == ["the kernel's table"]
 
@@ -603,6 +620,194 @@ def test_a_gate_of_an_earlier_release_names_nobody(host: GateHost, tmp_path: Pat
     wanted = named(WANTED, n1="alice")
     apply(host, wanted)
     confirm(host, wanted)
-    gate = tmp_path / "etc/fleet-portknock/gate.nft"
+    gate = tmp_path / "etc/fleet-portknock/gate.rules"
     gate.write_text(gate.read_text().replace('"operators"', '"others"'))
     assert names(host) == {}
+
+
+class OpenedByDaemon(FileBackend):
+    """Another one for the same kernel, with a daemon that opens."""
+
+    name = "daemon"
+    files: Mapping[str, HostFile] = {
+        **{name: file for name, file in FileBackend.files.items() if name != "gate"},
+        "opener": HostFile("opener", f"{CONFIG_FOLDER}/opener.py", 0o700),
+        "opener_conf": HostFile("opener_conf", f"{CONFIG_FOLDER}/opener.conf", 0o600),
+        "opener_unit": HostFile("opener_unit", f"{UNIT_FOLDER}/{OPENER}", 0o644),
+        "gate": FileBackend.files["gate"],
+    }
+    units = (UNIT, SERVICE, OPENER)
+    services = (SERVICE, OPENER)
+    opener = OPENER
+    opener_files = ("opener", "opener_conf")
+
+
+class OfAnotherKernel(FileBackend):
+    """One whose rules are somewhere else."""
+
+    name = "other"
+    kernel = "other"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.with_name("other-kernel"))
+
+
+BACKENDS = (FileBackend, OpenedByDaemon, OfAnotherKernel)
+MORE = {"opener": "program\n", "opener_conf": "secret\n", "opener_unit": "opener\n"}
+
+
+class Switch:
+    """A host whose gate is made by one back end after another."""
+
+    def __init__(self, root: Path, systemd: Systemd, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._root = root
+        self._systemd = systemd
+        (root / f"etc/systemd/system/{WANTED_BY}.wants").mkdir(parents=True)
+        (root / "run").mkdir()
+        for name, files in ((backend.name, backend.files) for backend in BACKENDS):
+            monkeypatch.setitem(_host.BACK_ENDS, name, None)
+            for key, file in files.items():
+                if key not in _host.FILES:
+                    monkeypatch.setitem(_host.FILES, key, file)
+
+    def host(self, backend: type[FileBackend]) -> GateHost:
+        by_name = {other.name: other for other in BACKENDS}
+        return GateHost(
+            backend(self._root / "kernel"),  # type: ignore[arg-type]
+            str(self._root),
+            self._systemd,
+            lambda name, _run: by_name[name](self._root / "kernel"),  # type: ignore[arg-type, return-value]
+        )
+
+    def wanted(self, backend: type[FileBackend]) -> Wanted:
+        texts = {**TEXTS, **MORE, "gate": f"the gate of {backend.name}\n"}
+        return WANTED._replace(texts={name: texts[name] for name in backend.files})
+
+    def state(self) -> tuple[dict[str, tuple[int, bytes]], str, frozenset[str]]:
+        other = self._root / "other-kernel"
+        kernel = other.read_text() if other.exists() else ""
+        return files(self._root), kernel, frozenset(self._systemd.running)
+
+
+@pytest.fixture
+def switch(tmp_path: Path, systemd: Systemd, monkeypatch: pytest.MonkeyPatch) -> Switch:
+    return Switch(tmp_path, systemd, monkeypatch)
+
+
+switches = pytest.mark.parametrize(
+    ("former", "later"), [(one, two) for one in BACKENDS for two in BACKENDS if one is not two]
+)
+
+
+@switches
+def test_another_back_end_takes_the_gate_over(
+    switch: Switch, tmp_path: Path, former: type[FileBackend], later: type[FileBackend]
+) -> None:
+    """With nothing left of the former one: as if it had never been there, but for who ran the confirmation."""
+    host = switch.host(former)
+    apply(host, switch.wanted(former))
+    confirm(host, switch.wanted(former))
+    host = switch.host(later)
+    assert "the back end" in whats(host, switch.wanted(later))
+    apply(host, switch.wanted(later))
+    confirm(host, switch.wanted(later))
+    assert whats(host, switch.wanted(later)) == []
+    found, other, running = switch.state()
+    assert {Path(path).name for path in found if "kernel" not in path} == {
+        Path(file.path).name for file in later.files.values()
+    }
+    assert (other != "") == (later is OfAnotherKernel)
+    assert (str(tmp_path / "kernel") in found) == (later is not OfAnotherKernel)
+    assert running == set(later.services)
+
+
+@switches
+def test_a_change_of_the_back_end_goes_back(
+    switch: Switch, former: type[FileBackend], later: type[FileBackend]
+) -> None:
+    host = switch.host(former)
+    apply(host, switch.wanted(former))
+    confirm(host, switch.wanted(former))
+    before = switch.state()
+    host = switch.host(later)
+    apply(host, switch.wanted(later))
+    assert switch.state() != before
+    host.trial.restore("aa")
+    assert switch.state() == before
+
+
+@switches
+def test_a_change_of_the_back_end_that_dies_after_the_commit_is_finished(
+    switch: Switch, former: type[FileBackend], later: type[FileBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = switch.host(former)
+    apply(host, switch.wanted(former))
+    confirm(host, switch.wanted(former))
+    host = switch.host(later)
+    apply(host, switch.wanted(later))
+
+    def dies(_names: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(host, "_leftovers_command", dies)
+        with pytest.raises(KeyboardInterrupt):
+            confirm(host, switch.wanted(later))
+    host.trial.restore("aa")
+    assert whats(host, switch.wanted(later)) == []
+    assert switch.state()[2] == set(later.services)
+
+
+def test_the_opener_on_trial_has_files_of_its_own(switch: Switch, tmp_path: Path) -> None:
+    """Nothing of it is on disk, and none but root can read it."""
+    host = switch.host(OpenedByDaemon)
+    apply(host, switch.wanted(OpenedByDaemon))
+    folder = tmp_path / "run/fleet-portknock/trial/opener"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+        "opener.py": 0o700,
+        "opener.conf": 0o600,
+    }
+    assert switch.state()[2] == {OPENER_ON_TRIAL}
+    assert not (tmp_path / "etc/fleet-portknock").exists()
+
+
+def test_new_secrets_of_an_opener_are_tried_out_and_go_back(switch: Switch) -> None:
+    host, wanted = switch.host(OpenedByDaemon), switch.wanted(OpenedByDaemon)
+    apply(host, wanted)
+    confirm(host, wanted)
+    before = switch.state()
+    apply(host, wanted._replace(texts={**wanted.texts, "opener_conf": "another secret\n"}))
+    assert switch.state()[2] == {SERVICE, OPENER_ON_TRIAL}
+    host.trial.restore("aa")
+    assert switch.state() == before
+
+
+def test_an_opener_that_stays_as_it_is_goes_on(switch: Switch) -> None:
+    host, wanted = switch.host(OpenedByDaemon), switch.wanted(OpenedByDaemon)
+    apply(host, wanted)
+    confirm(host, wanted)
+    newer = wanted._replace(texts={**wanted.texts, "gate": "another gate\n"})
+    apply(host, newer)
+    assert switch.state()[2] == {SERVICE, OPENER}
+    confirm(host, newer)
+    assert whats(host, newer) == []
+
+
+def test_an_opener_that_does_not_start_is_no_gate(switch: Switch, systemd: Systemd) -> None:
+    host, wanted = switch.host(OpenedByDaemon), switch.wanted(OpenedByDaemon)
+    systemd.starts = 1
+    with pytest.raises(PortknockError, match="can't be started"):
+        apply(host, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whoever_is_asked_takes_another_s_gate_away(switch: Switch, tmp_path: Path, backend: type[FileBackend]) -> None:
+    host = switch.host(backend)
+    apply(host, switch.wanted(backend))
+    confirm(host, switch.wanted(backend))
+    asked = switch.host(OfAnotherKernel if backend is FileBackend else FileBackend)
+    with asked.trial.turn("bb"):
+        asked.take_away(asked.inspect(), "bb", 3600)
+        asked.confirm_away("bb")
+    assert switch.state() == ({}, "", frozenset())

@@ -10,11 +10,15 @@ units=/etc/systemd/system
 
 # The gate's file is all that decides. Without it a boot has cut short the first change, or the removal, of a gate: what that
 # has left goes, as it would have gone by the timer.
-if [ ! -e "$folder/gate.nft" ] && [ ! -e /run/fleet-portknock/trial ]; then
+if [ ! -e "$folder/gate.rules" ] && [ ! -e /run/fleet-portknock/trial ]; then
     echo "<4>There is no confirmed gate: removing what a change that was cut short has left." >&2
-    systemctl --no-block stop fleet-portknock-watch.service
-    systemctl --quiet disable fleet-portknock.service fleet-portknock-watch.service
-    rm -f "$units/fleet-portknock.service" "$units/fleet-portknock-watch.service"
+    for unit in "$units"/fleet-portknock*.service; do
+        name=${unit##*/}
+        # This one is what runs here.
+        [ "$name" = fleet-portknock.service ] || systemctl --no-block stop "$name"
+        systemctl --quiet disable "$name"
+        rm -f "$unit"
+    done
     rm -rf "$folder"
     systemctl --no-block daemon-reload
     exit 0
@@ -25,14 +29,14 @@ load() { nft -f "$folder/$1" >/dev/null 2>&1; }
 
 # A fresh table lets no one-time sequence open. Where that fails, the watch tries again.
 arm() {
-    grep -q '^  set armed {$' "$folder/gate.nft" || return 0
+    grep -q '^  set armed {$' "$folder/gate.rules" || return 0
     "$(command -v python3 || echo /usr/libexec/platform-python)" -I -S "$folder/stock.py" arm
 }
 
 # The closed table first: a few rules are there at once, where a gate's thousands of elements take a tenth of a second.
 closed=yes
 load closed.nft || closed=no
-load gate.nft && { arm || true; } && exit 0
+load gate.rules && { arm || true; } && exit 0
 echo "<2>The gate does not load: the protected ports are closed to all but the trusted sources." >&2
 [ "$closed" = yes ] || echo "<0>The closed table does not load either: the protected ports are open." >&2
 exit 1

@@ -23,7 +23,12 @@ from ansible_collections.fleet.portknock.plugins.module_utils._sshd_config impor
     wanted_value,
 )
 from ansible_collections.fleet.portknock.plugins.plugin_utils._confirmed import ConfirmedAction
-from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import is_ssh, knock_ssh_as, knock_ssh_of
+from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import (
+    is_ssh,
+    knock_ssh_as,
+    knock_ssh_of,
+    pipelined,
+)
 
 display = Display()
 
@@ -70,7 +75,7 @@ class ActionModule(ConfirmedAction):
 
     def _arguments(self) -> dict[str, Any]:
         # Nothing of it is secret; only faster that way.
-        self._is_pipelined()
+        pipelined(self)
         return {"state": self._task.args.get("state", "applied")}
 
     def _change(self, settings: SshdSettings | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ansible import constants
 from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import is_ssh, knock_ssh_of
+from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import is_ssh, knock_ssh_of, pipelined
 
 _SHORTEST_TRIAL = 10
 _LONGEST_TRIAL = 3600
@@ -33,12 +33,6 @@ class SecretiveAction(ActionBase):
     _connection: Any
     _module = ""
 
-    def _is_pipelined(self) -> bool:
-        """Whether the module's arguments come by standard input only; sees to it where that can be."""
-        if self._connection.has_pipelining:
-            self._connection.set_option("pipelining", True)
-        return bool(self._is_pipelining_enabled("new"))
-
     def _check_kept_secret(self) -> None:
         """See to it that the module's arguments are written nowhere.
 
@@ -49,7 +43,7 @@ class SecretiveAction(ActionBase):
             raise PortknockError(
                 f"ANSIBLE_KEEP_REMOTE_FILES: expected to be off for {name}, whose arguments hold secrets."
             )
-        if not self._is_pipelined():
+        if not pipelined(self):
             raise PortknockError(
                 "ansible_become_method, ansible_connection: expected ones that work with pipelining, such as sudo over ssh, "
                 f"since the arguments of {name} hold secrets and would be put into a file on the host; got "

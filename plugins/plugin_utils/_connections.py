@@ -23,6 +23,10 @@ from ansible_collections.fleet.portknock.plugins.module_utils._errors import Por
 
 _Action = TypeVar("_Action", bound=ActionBase)
 
+_KNOCK_SSH = "fleet.portknock.knock_ssh"
+# Core loads a task's action plugin before it forks the workers: what is loaded here, each of them need not load for itself.
+connection_loader.get(_KNOCK_SSH, class_only=True)
+
 # A connection of its own, whose ssh notices within half a minute that the host is gone: an idle one waits for ever, and
 # what a shared master does is not this task's to say.
 _WATCHFUL = "-o ControlMaster=no -o ControlPath=none -o ServerAliveInterval=5 -o ServerAliveCountMax=3 "
@@ -33,11 +37,19 @@ def is_ssh(connection: Any) -> bool:
     return "ssh" in connection.transport or connection.transport in ("paramiko", "smart")
 
 
+def pipelined(action: ActionBase) -> bool:
+    """Let the task's module come by standard input only, in one round trip; returns whether it does."""
+    connection: Any = action._connection
+    if connection.has_pipelining:
+        connection.set_option("pipelining", True)
+    return bool(action._is_pipelining_enabled("new"))
+
+
 def knock_ssh_of(action: ActionBase, task_vars: dict[str, Any]) -> Connection:
     """The task's own connection where it knocks; else one with the host's options, which nothing has connected yet."""
     if isinstance(action._connection, Connection) and not action._task.delegate_to:
         return action._connection
-    connection = connection_loader.get("fleet.portknock.knock_ssh", action._play_context, "/dev/null")
+    connection = connection_loader.get(_KNOCK_SSH, action._play_context, "/dev/null")
     # The host that is meant is the task's own, wherever the task is delegated to.
     _set_options(connection, action, task_vars, action._templar)
     return connection
@@ -61,7 +73,7 @@ def knock_ssh_as(
     context.remote_user = user
     if not with_password:
         context.password = ""
-    connection = connection_loader.get("fleet.portknock.knock_ssh", context, "/dev/null")
+    connection = connection_loader.get(_KNOCK_SSH, context, "/dev/null")
     _set_options(connection, action, task_vars, action._templar)
     connection.set_option("remote_user", user)
     if not with_password:
@@ -143,4 +155,4 @@ def _set_options(connection: ConnectionBase, action: ActionBase, variables: dict
     )
 
 
-__all__ = ("action_on", "is_ssh", "knock_ssh_as", "knock_ssh_of", "quiet")
+__all__ = ("action_on", "is_ssh", "knock_ssh_as", "knock_ssh_of", "pipelined", "quiet")

@@ -189,6 +189,23 @@ def _remove_left_links() -> None:
             run("ip", "link", "delete", link["ifname"])
 
 
+@contextlib.contextmanager
+def serving(namespace: str, configuration: Path, port: int, *options: str) -> Iterator[None]:
+    """A real sshd in a network namespace, once it waits on the port."""
+    inside = ("ip", "netns", "exec", namespace)
+    sshd = subprocess.Popen([*inside, "/usr/sbin/sshd", "-D", "-f", str(configuration), *options])
+    try:
+        until = time.monotonic() + 20
+        while f":{port}" not in run(*inside, "ss", "-Hltn"):
+            assert sshd.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        yield
+    finally:
+        sshd.terminate()
+        sshd.wait()
+
+
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if os.geteuid() != 0 or _missing():
@@ -220,16 +237,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         lab.inside("ip", "address", "add", f"{SERVER6}/64", "dev", inner, "nodad")
         lab.inside("ip", "link", "set", inner, "up")
         lab.inside("ip", "link", "set", "lo", "up")
-        sshd = subprocess.Popen(
-            ["ip", "netns", "exec", namespace, "/usr/sbin/sshd", "-D", "-f", str(folder / "sshd_config")]
-        )
-        cleaning.callback(sshd.wait)
-        cleaning.callback(sshd.terminate)
-        until = time.monotonic() + 20
-        while f":{PORT}" not in lab.inside("ss", "-Hltn"):
-            assert sshd.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.02)
+        cleaning.enter_context(serving(namespace, folder / "sshd_config", PORT))
         yield lab
 
 

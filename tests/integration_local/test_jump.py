@@ -118,19 +118,8 @@ def running(machine: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                 inside("ip", "address", "add", address, "dev", device, *(["nodad"] if ":" in address else []))
             inside("ip", "link", "set", device, "up")
         jump.inside("ip", "link", "set", "lo", "up")
-        sshd = subprocess.Popen(
-            [
-                *("ip", "netns", "exec", jump.namespace, "/usr/sbin/sshd", "-D"),
-                *("-E", str(jump.log), "-f", str(jump.folder / "sshd_config")),
-            ]
-        )
-        cleaning.callback(sshd.wait)
-        cleaning.callback(sshd.terminate)
-        until = time.monotonic() + 20
-        while f":{SECOND}" not in jump.inside("ss", "-Hltn"):
-            assert sshd.poll() is None
-            assert time.monotonic() < until
-            time.sleep(0.02)
+        configuration = jump.folder / "sshd_config"
+        cleaning.enter_context(acc.serving(jump.namespace, configuration, SECOND, "-E", str(jump.log)))
         yield jump
 
 

@@ -14,7 +14,9 @@ import os
 import random
 import socket
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -110,6 +112,17 @@ class Outside:
             port, proto = knock.split("/")
             (syn if proto == "tcp" else datagram)(source, target, int(port), times)
             time.sleep(gap)
+
+    def authorize(self, source: str, target: str, port: int, key: str, hmac_key: str) -> bool:
+        """Send one packet of fwknop's that asks for the port; whether it was sent."""
+        lines = [
+            *("[host]", f"SPA_SERVER {target}", f"ACCESS tcp/{port}", f"ALLOW_IP {source}", "SPOOF_USER outside"),
+            *(f"KEY_BASE64 {key}", "USE_HMAC Y", f"HMAC_KEY_BASE64 {hmac_key}"),
+        ]
+        with tempfile.NamedTemporaryFile("w") as stanza:
+            print("\n".join(lines), file=stanza, flush=True)
+            argv = ["fwknop", "--rc-file", stanza.name, "--named-config", "host", "--no-save-args"]
+            return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

@@ -13,7 +13,8 @@ from lab import FAMILIES, Fleet, Run
 
 HOST = "web-1"
 SSH = 2222
-STOCK = 20
+# A busy machine uses up several at each connection: whoever sees no open port soon enough sends the next one.
+STOCK = 32
 VARIABLES = {"knock_server_one_time": STOCK, "sshd_hardening_enabled": False}
 # A connection for each task, so a knock for each.
 TASKS = 4
@@ -138,14 +139,14 @@ def test_site_fills_the_stock_up(runs: Runs) -> None:
         runs.often()
     assert runs.site()["changed"]
     # What the run itself has used is gone by now.
-    assert runs.info()["alice"]["left"] > STOCK - 8
+    assert runs.info()["alice"]["left"] > STOCK // 2
     assert runs.site()["changed"] == 0
     runs.often()
 
 
 def test_each_for_one_connection_only(fleet: Fleet, runs: Runs) -> None:
     """Together with single use: a sequence opens once, and what it opens is good for one connection."""
-    # More of them: what comes now uses nearly as many as may be left of the others, and a busy machine tries again.
+    # More of them: each connection takes one to look and one to use.
     variables = {**VARIABLES, "knock_server_one_time": 2 * STOCK, "knock_server_single_use": True}
     assert runs("fleet.portknock.site", variables=variables).recap[HOST]["changed"]
     runs.often()
@@ -155,7 +156,7 @@ def test_each_for_one_connection_only(fleet: Fleet, runs: Runs) -> None:
     seen = fleet.outside(["knock", source, target, fleet.one_time(HOST, "bob")[first]], connect, connect)
     assert seen[-2:] == ["open", "silent"]
     assert states(fleet, "ipv4", fleet.one_time(HOST, "bob")[first]) == "silent"
-    # The stock may have been filled up by the first of these: each connection takes one to look and one to use.
+    # The stock may have been filled up by the first of these.
     runs("fleet.portknock.site", variables=variables)
     assert runs("fleet.portknock.site", variables=variables).recap[HOST]["changed"] == 0
 

@@ -79,7 +79,7 @@ class ActionModule(ConfirmedAction):
 
     def _check(self) -> dict[str, Any]:
         settings = settings_from(self._required("settings"))
-        self._check_one_time(settings)
+        self._check_abilities(settings)
         check_operators(self._required("operators"))
         self._seconds()
         found = self._required("found")
@@ -96,7 +96,7 @@ class ActionModule(ConfirmedAction):
         templates, found = Path(self._required("templates")), self._required("found")
         self._check_init(found)
         self._check_backend(found["backend"])
-        self._check_one_time(settings)
+        self._check_abilities(settings)
         keyring = open_keyring(keyring_options(self._vars, self._templar))
         host = self._vars["inventory_hostname"]
         entry = keyring.load(host)
@@ -461,12 +461,18 @@ class ActionModule(ConfirmedAction):
             missing = ", ".join(backend["missing_programs"])
             raise PortknockError(f"knock_server_backend: {backend['name']} needs {missing}; it is not installed.")
 
-    def _check_one_time(self, settings: GateSettings) -> None:
-        """Stop where the back end can't use a sequence up."""
+    def _check_abilities(self, settings: GateSettings) -> None:
+        """Stop where the back end can't use a sequence up, or shut a window on request."""
         able = sorted(name for name, abilities in BACK_ENDS.items() if abilities.one_time)
         if settings.one_time and self._backend() not in able:
             raise PortknockError(
                 f"knock_server_one_time: expected a back end that can use a sequence up ({', '.join(able)}); got "
+                f"{self._backend()}."
+            )
+        able = sorted(name for name, abilities in BACK_ENDS.items() if abilities.close_sequence)
+        if settings.close_sequence and self._backend() not in able:
+            raise PortknockError(
+                f"knock_server_close_sequence: expected a back end that can shut a window on request ({', '.join(able)}); got "
                 f"{self._backend()}."
             )
 

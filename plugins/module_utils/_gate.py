@@ -44,7 +44,8 @@ _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 
 # Progress and what a packet does to it, as the rules' scratch register holds it (a traffic class, major:minor in hex).
 # Majors 1 are states on the way, majors 2 the last knock of an operator with that number, majors 7 the last knock of the
-# one-time sequence with that id; these are the rest. The template's vmap names the same values.
+# one-time sequence with that id, majors 8 that of an operator's close sequence; these are the rest. The template's vmap names
+# the same values.
 _NOTHING = "0:0"
 _AGAIN = "3:0"
 _HIGHEST_STATE = 0xFFFF
@@ -66,7 +67,8 @@ class Honoured(NamedTuple):
 
     ``number`` tells operators apart in the kernel and stays the operator's own on that host; ``sequences`` are newest first.
     ``valid_until`` is in seconds since 1970, UTC; a host whose clock is before ``valid_from`` lets nobody in who expires.
-    ``one_time`` are sequences that open once each, by ids that are never used again on that host.
+    ``one_time`` are sequences that open once each, by ids that are never used again on that host. ``close`` are those that shut
+    the window of whoever sends one.
     """
 
     number: int
@@ -74,11 +76,12 @@ class Honoured(NamedTuple):
     valid_until: Optional[int] = None
     valid_from: int = EARLIEST_TIME
     one_time: Mapping[int, Sequence[Knock]] = MappingProxyType({})
+    close: Sequence[Sequence[Knock]] = ()
 
     @property
     def every_sequence(self) -> Iterator[Sequence[Knock]]:
-        """All that opens, for good or once."""
-        return chain(self.sequences, self.one_time.values())
+        """All that opens, for good or once, and all that closes."""
+        return chain(self.sequences, self.one_time.values(), self.close)
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class GateSettings:
     single_use: bool = False
     audit_days: int = 30
     one_time: int = 0
+    close_sequence: bool = False
 
     @property
     def protected(self) -> frozenset[int]:
@@ -134,6 +138,7 @@ def settings_from(options: Mapping[str, object]) -> GateSettings:
         single_use=_flag(options, "single_use"),
         audit_days=_number(options, "audit_days", 0, LONGEST_AUDIT_DAYS, " of days"),
         one_time=check_one_time(options.get("one_time", 0)),
+        close_sequence=_flag(options, "close_sequence"),
     )
 
 
@@ -208,6 +213,15 @@ def build_model(
             for identity in sorted(operator.one_time)
         ],
         "steps": steps,
+        "close": [
+            {
+                "name": name,
+                "number": f"{operator.number:x}",
+                "knocks": [{"proto": knock.proto, "port": knock.port} for knock in knocks],
+            }
+            for name, operator in sorted(operators.items())
+            for knocks in operator.close
+        ],
         "tripwires": sorted(tripwires),
         "look_tcp": look["tcp"],
         "look_udp": look["udp"],
@@ -324,6 +338,7 @@ def _automaton(settings: GateSettings, operators: Mapping[str, Honoured]) -> lis
     for operator, honoured in sorted(operators.items()):
         finals = [(knocks, f"2:{honoured.number:x}") for knocks in honoured.sequences]
         finals += [(knocks, f"7:{identity:x}") for identity, knocks in sorted(honoured.one_time.items())]
+        finals += [(knocks, f"8:{honoured.number:x}") for knocks in honoured.close]
         for knocks, final in finals:
             if not knocks or len(set(knocks)) != len(knocks):
                 raise PortknockError(f"{option}: expected each port of {operator}'s sequence once, and one at least.")

@@ -161,6 +161,7 @@ def test_the_model_is_plain_and_repeats_itself() -> None:
     assert set(one) == {
         *(
             "audit_days",
+            "close",
             "closed_response",
             "guard",
             "look_tcp",

@@ -42,7 +42,7 @@ class Abilities(NamedTuple):
 
     opener: str
     one_time: bool
-    close_sequence: bool
+    close_sequence: bool = False
 
 
 BACK_ENDS: Mapping[str, Abilities] = {

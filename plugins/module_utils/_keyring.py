@@ -337,7 +337,7 @@ class HostSecrets:
                 valid_until=_optional_seconds(self.operators[name].valid_until),
                 valid_from=_valid_from(self.operators[name]),
                 one_time=self.operators[name].once,
-                close=[stored.knocks for stored in self.operators[name].close],
+                close=tuple(stored.knocks for stored in self.operators[name].close),
             )
             for name in operators
             if not self.operators[name].revoked

@@ -291,6 +291,7 @@ class Lab:
         avoid: frozenset[int] = frozenset(),
         validity: Optional[Mapping[str, tuple[int, int]]] = None,
         one_time: Optional[Mapping[str, Mapping[int, Sequence[Knock]]]] = None,
+        close: Optional[Mapping[str, Sequence[Sequence[Knock]]]] = None,
         **options: object,
     ) -> tuple[str, dict[str, Any]]:
         """The role's template with a real model, and the model.
@@ -308,6 +309,8 @@ class Lab:
             }
         for name, (begin, end) in (validity or {}).items():
             operators[name] = operators[name]._replace(valid_from=begin, valid_until=end)
+        for name, several in (close or {}).items():
+            operators[name] = operators[name]._replace(close=several)
         model = build_model(settings, operators, SEED, avoid, probe or {"socket_wildcard": True, "one_time": True})
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(TEMPLATES),

@@ -8,118 +8,29 @@ start.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import pytest
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
-from netlab import HOST4, TABLE, TEMPLATES, Lab, Namespace, wait_for
+from netlab import HOST4, SEQUENCE, Lab, Namespace, wait_for
+from openlab import SECONDS, Opener, knocks_open, wait_until_open
 
-OPENER = TEMPLATES.parent / "opener"
-# What opens through the daemon; the kernel's own gate of these tests waits for another sequence.
-KNOCKS = (Knock(23456, "tcp"), Knock(34567, "udp"), Knock(28901, "tcp"))
-SECONDS = 20.0
 pytestmark = pytest.mark.skipif(not shutil.which("knockd", path="/usr/sbin:/sbin"), reason="needs knockd")
-
-
-class Opener:
-    """The supervisor at work in a namespace, with a folder of its own."""
-
-    def __init__(self, lab: Lab, folder: Path) -> None:
-        self.lab = lab
-        self.folder = folder
-        self.log = folder / "log"
-        self._process: subprocess.Popen[bytes] | None = None
-        sequence = ",".join(f"{knock.port}:{knock.proto}" for knock in KNOCKS)
-        self.write("opener.py", (OPENER / "opener.py").read_text())
-        self.write("open.sh", self.rendered("open.sh.j2"))
-        self.write("opener.json", self.rendered("opener.json.j2"))
-        self.write(
-            "knockd.conf",
-            f"[options]\n[2:1]\nsequence = {sequence}\nseq_timeout = 5\ntcpflags = syn\n"
-            'command = exec /bin/sh "$FLEET_PORTKNOCK_FOLDER/open.sh" 1 %IP%\n',
-        )
-
-    def rendered(self, name: str, **options: Any) -> str:
-        environment = jinja2.Environment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined=jinja2.StrictUndefined,
-            autoescape=False,  # noqa: S701
-        )
-        _text, model = self.lab.render(**options)
-        return environment.from_string((OPENER / name).read_text()).render(gate={**model, "opener": "knockd"})
-
-    def write(self, name: str, text: str) -> None:
-        (self.folder / name).write_text(text)
-
-    def start(self) -> None:
-        with self.lab.host.inside(), self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(self.folder / "opener.py"), str(self.folder)], stderr=log
-            )
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def daemons(self) -> dict[str, int]:
-        """The daemons that run, by the interface that their command names."""
-        found = {}
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                argv = (entry / "cmdline").read_bytes().split(b"\0")
-                if parent == self.pid and argv[0].endswith(b"knockd"):
-                    found[argv[2].decode()] = int(entry.name)
-        return found
-
-    def said(self) -> str:
-        return self.log.read_text()
-
-    def stop(self, how: int = signal.SIGTERM) -> None:
-        if self._process is not None:
-            self._process.send_signal(how)
-            self._process.wait()
-            self._process = None
 
 
 @pytest.fixture
 def opener(lab: Lab, tmp_path: Path) -> Iterator[Opener]:
-    """A host with a closed gate, and a supervisor that has not been started."""
-    lab.gate()
+    """A host with a gate that knockd opens, and a supervisor that has not been started."""
     made = Opener(lab, tmp_path)
+    made.gate()
     try:
         yield made
     finally:
         made.stop()
-
-
-def knocks_open(lab: Lab, source: str, host: str | None = None) -> bool:
-    lab.touch(source, *KNOCKS, host=host)
-    with contextlib.suppress(AssertionError):
-        wait_for(lambda: lab.look(source, host=host) == "open", 0.5, "an open port")
-        return True
-    return False
-
-
-def wait_until_open(lab: Lab, source: str, host: str | None = None) -> None:
-    wait_for(lambda: knocks_open(lab, source, host), SECONDS, f"the knock opens for {source}")
-
-
-def close(lab: Lab) -> None:
-    for name in ("open4", "open6", "open_ll6"):
-        lab.host.nft(f"flush set inet {TABLE} {name}\n")
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -149,7 +60,7 @@ def test_a_link_local_source_opens_on_its_interface_alone(lab: Lab, opener: Open
 
 def test_a_window_is_refreshed_and_closed_by_the_kernel(lab: Lab, opener: Opener) -> None:
     """Whatever becomes of the daemon: there is no command that closes, and nothing is left when it dies with windows open."""
-    opener.write("open.sh", opener.rendered("open.sh.j2", open_window=5))
+    opener.gate(open_window=5)
     opener.start()
     first, second = lab.source(), lab.source(6)
     wait_until_open(lab, first)
@@ -176,10 +87,10 @@ def test_a_daemon_that_ends_is_started_again(lab: Lab, opener: Opener, how: int)
     before = opener.daemons()["h0"]
     os.kill(before, how)
     wait_for(lambda: opener.daemons().get("h0", before) != before, SECONDS, "another daemon")
-    close(lab)
+    opener.close()
     wait_until_open(lab, lab.source())
     assert "knockd on h0 ended, " in opener.said()
-    assert str(KNOCKS[0].port) not in opener.said()
+    assert str(SEQUENCE[0].port) not in opener.said()
 
 
 def test_an_interface_that_has_no_address_at_first(lab: Lab, opener: Opener) -> None:
@@ -245,13 +156,13 @@ def opens_from(lab: Lab, where: Namespace, source: str, host: str) -> bool:
 
 
 def test_what_does_not_start_is_told_once(lab: Lab, opener: Opener) -> None:
-    opener.write("knockd.conf", "[options]\n[door]\nsequence = 23456:junk\n")
+    opener.write("knockd.conf", "[options]\n[door]\nsequence = 48396:junk\n")
     opener.start()
-    wait_for(lambda: opener.log.exists() and "exit code 1" in opener.said(), SECONDS, "what became of it")
-    opener.write("knockd.conf", f"[options]\n[door]\nsequence = {KNOCKS[0].port}\ncommand = true\n")
+    wait_for(lambda: "exit code 1" in opener.said(), SECONDS, "what became of it")
+    opener.write("knockd.conf", f"[options]\n[door]\nsequence = {SEQUENCE[0].port}\ncommand = true\n")
     wait_for(lambda: bool(opener.daemons()), SECONDS, "it is tried again")
     assert opener.said().count("exit code 1") == 1
-    assert "23456" not in opener.said()
+    assert "48396" not in opener.said()
 
 
 def test_nothing_of_it_is_left(lab: Lab, opener: Opener) -> None:

@@ -90,9 +90,9 @@ def test_where_a_daemon_is_to_listen(opener: ModuleType) -> None:
 
 
 def test_settings(opener: ModuleType) -> None:
-    text = json.dumps({"argv": ["/bin/d", "-i", "{interface}"], "expand": ["a.conf"], "memory": 5})
-    assert opener.read_settings(text) == (["/bin/d", "-i", "{interface}"], ["a.conf"], 5)
-    assert opener.read_settings('{"argv": ["d"]}') == (["d"], [], 0)
+    text = json.dumps({"argv": ["/bin/d", "-i", "{interface}"], "expand": ["a.conf"], "memory": 5, "one_time": "b"})
+    assert opener.read_settings(text) == (["/bin/d", "-i", "{interface}"], ["a.conf"], 5, "b")
+    assert opener.read_settings('{"argv": ["d"]}') == (["d"], [], 0, "")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"argv": []}', '{"argv": [1]}', '{"argv": ["a"], "memory": "x"}'])
@@ -109,3 +109,19 @@ def test_what_is_filled_in(opener: ModuleType) -> None:
 def test_a_folder_that_says_nothing(opener: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(opener.OpenerError, match=r"opener\.json: expected to be able to read it; got No such file"):
         opener.main(str(tmp_path))
+
+
+def test_the_one_time_sequences_that_are_waited_for(opener: ModuleType) -> None:
+    """Of each operator those that may open and the next, eight in all."""
+    parts = {(number, identity): f"[{number}-{identity:x}]\n" for number in ("1", "a") for identity in range(1, 31)}
+    text = "[options]\n" + "".join(f"# one-time {number} {one:x}\n{part}" for (number, one), part in parts.items())
+    # Ids are a host's, not an operator's; these two have the same ones.
+    chosen, ids = opener.selected(text, {5, 6})
+    assert ids == set(range(5, 13))
+    assert chosen == "[options]\n" + "".join(parts[number, one] for number in ("1", "a") for one in range(5, 13))
+    assert opener.selected(text, {29}) == (
+        "[options]\n" + "".join(parts[n, o] for n in "1a" for o in (29, 30)),
+        {29, 30},
+    )
+    assert opener.selected(text, set()) == ("[options]\n", frozenset())
+    assert opener.selected("[options]\n", {1}) == ("[options]\n", frozenset())

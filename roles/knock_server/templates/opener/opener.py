@@ -7,6 +7,9 @@ opener.json says which daemon that is. The daemons that there are look at their 
 no address then is deaf for ever, one whose address changes goes on waiting at the former. So the kernel is asked which
 interfaces there are, and tells every change; a daemon runs where there is an address, is started anew when these change, and
 when it ends, however that comes. What it opened the kernel closes.
+
+Where it has one-time sequences, it waits for those that may open now and some of the next, not for a whole stock: the kernel,
+which knows what has been used, tells when others are armed.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import errno
 import ipaddress
 import json
 import os
+import re
 import resource
 import select
 import shutil
@@ -26,7 +30,7 @@ import struct
 import subprocess
 import sys
 import time
-from typing import Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import AbstractSet, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 SETTINGS = "opener.json"
 RUN_FOLDER = "/run/fleet-portknock"
@@ -42,9 +46,19 @@ LIVES_SECONDS = 1.0
 STOP_SECONDS = 1.0
 # How long the kernel may take to answer; it does so at once.
 ANSWER_SECONDS = 5.0
+PROGRAM_SECONDS = 30
+# How often, at most, to ask which one-time sequences are armed, and how many of an operator's to wait for: twice as many as
+# are armed at a time, so that the daemon need not be started anew after each.
+ARMED_SECONDS = 0.2
+ONE_TIME = 8
+TABLE = "fleet_portknock"
 
-# linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h and linux/if.h
+# linux/netlink.h, linux/netfilter/nfnetlink.h, linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h and linux/if.h
 _NETLINK_ROUTE = 0
+_NETLINK_NETFILTER = 12
+_SOL_NETLINK = 270
+_NETLINK_ADD_MEMBERSHIP = 1
+_NFNLGRP_NFTABLES = 7
 _RTMGRP_LINK = 0x1
 _RTMGRP_IPV4_IFADDR = 0x10
 _RTMGRP_IPV6_IFADDR = 0x100
@@ -76,6 +90,8 @@ _DATAGRAM_SIZE = 1 << 17
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 
+_ONE_TIME_PART = re.compile(r"^# one-time ([0-9a-f]+) ([0-9a-f]+)\n", re.MULTILINE)
+
 
 class Settings(NamedTuple):
     """What opener.json says of the daemon.
@@ -83,11 +99,13 @@ class Settings(NamedTuple):
     ``argv`` is its command, ``expand`` names files of the folder of which it is given a copy of its own. In both
     ``{folder}`` stands for the folder, ``{interface}`` for the interface's name, and ``{run}`` for the folder of the copies,
     which only root can read and which goes with the daemon. ``memory`` bounds its address space, in bytes; 0 does not.
+    ``one_time`` is the one of these files that has one-time sequences, see :func:`selected`; empty for none.
     """
 
     argv: Sequence[str]
     expand: Sequence[str]
     memory: int
+    one_time: str
 
 
 class Link(NamedTuple):
@@ -118,8 +136,8 @@ def read_settings(text: str) -> Settings:
     """
     try:
         found = json.loads(text)
-        settings = Settings(found["argv"], found.get("expand", []), found.get("memory", 0))
-        names = [*settings.argv, *settings.expand]
+        settings = Settings(found["argv"], found.get("expand", []), found.get("memory", 0), found.get("one_time", ""))
+        names = [*settings.argv, *settings.expand, settings.one_time]
         if (
             not settings.argv
             or not all(isinstance(name, str) for name in names)
@@ -134,6 +152,25 @@ def read_settings(text: str) -> Settings:
 def expanded(text: str, folder: str, interface: str, run: str) -> str:
     """The text with what stands for the daemon's folders and interface filled in; other braces are left alone."""
     return text.replace("{folder}", folder).replace("{interface}", interface).replace("{run}", run)
+
+
+def selected(text: str, armed: AbstractSet[int]) -> tuple[str, frozenset[int]]:
+    """The part of a daemon's file that it is to be given, and the ids of the one-time sequences in it.
+
+    :param text: its last parts begin with a line ``# one-time OPERATOR ID`` each, in the order of the ids, which are in hex.
+    :param armed: ids that may open now.
+    """
+    head, *parts = _ONE_TIME_PART.split(text)
+    chosen, ids = [head], set()
+    count: dict[str, int] = {}
+    for operator, identity, part in zip(parts[::3], parts[1::3], parts[2::3]):
+        number = int(identity, 16)
+        # From an operator's first that may open on.
+        if (number in armed or operator in count) and count.get(operator, 0) < ONE_TIME:
+            count[operator] = count.get(operator, 0) + 1
+            chosen.append(part)
+            ids.add(number)
+    return "".join(chosen), frozenset(ids)
 
 
 def sniffable(links: Iterable[Link], addresses: Iterable[tuple[int, str]]) -> dict[int, Interface]:
@@ -208,6 +245,34 @@ def subscribe() -> socket.socket:
     return channel
 
 
+def subscribe_to_tables() -> socket.socket:
+    """A socket on which the kernel tells every change of its packet filter's tables."""
+    channel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+    channel.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_SIZE)
+    channel.bind((0, 0))
+    channel.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
+    channel.setblocking(False)
+    return channel
+
+
+def read_armed() -> frozenset[int]:
+    """The ids of the one-time sequences that may open now; none where the kernel does not say."""
+    try:
+        done = subprocess.run(
+            ["nft", "-j", "list", "set", "inet", TABLE, "armed"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PROGRAM_SECONDS,
+            env={"PATH": SEARCH_PATH, "LC_ALL": "C"},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return frozenset()
+    # An element is 7:ID.
+    return frozenset(int(identity, 16) for identity in re.findall(r'"7:([0-9a-f]+)"', done.stdout))
+
+
 def read_interfaces() -> dict[int, Interface]:
     """Ask the kernel for the interfaces to listen on, by index."""
     links = [link for datagram in _dump(_RTM_GETLINK) for link in links_in(datagram)]
@@ -250,6 +315,9 @@ class Daemon:
         self._pause = 0.0
         self._due = 0.0
         self._told = ""
+        # The one-time sequences that it is to wait for, and those that it waits for.
+        self.armed: frozenset[int] = frozenset()
+        self._awaited: frozenset[int] = frozenset()
 
     def look(self, now: float) -> Optional[float]:
         """Start it where it does not run and its time has come.
@@ -268,8 +336,19 @@ class Daemon:
         self._start(now)
         return None if self._process is not None else self._due
 
+    def arm(self, armed: frozenset[int]) -> None:
+        """Have it wait for these one-time sequences; it is started anew where it does not."""
+        self.armed = armed
+        if self._process is not None and not armed <= self._awaited:
+            self._end()
+            self._due = 0.0
+
     def stop(self) -> None:
         """End it, and take its files away."""
+        self._end()
+        shutil.rmtree(self._run, ignore_errors=True)
+
+    def _end(self) -> None:
         if self._process is not None:
             self._process.terminate()
             try:
@@ -278,7 +357,6 @@ class Daemon:
                 self._process.kill()
                 self._process.wait()
             self._process = None
-        shutil.rmtree(self._run, ignore_errors=True)
 
     def _start(self, now: float) -> None:
         name = self.interface.name
@@ -313,7 +391,10 @@ class Daemon:
 
     def _copy(self, file: str) -> None:
         with open(os.path.join(self._folder, file), encoding="utf-8") as stream:
-            text = expanded(stream.read(), self._folder, self.interface.name, self._run)
+            text = stream.read()
+        if file == self._settings.one_time:
+            text, self._awaited = selected(text, self.armed)
+        text = expanded(text, self._folder, self.interface.name, self._run)
         os.makedirs(self._run, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         with open(os.open(os.path.join(self._run, file), flags, 0o600), "w", encoding="utf-8") as stream:
@@ -354,6 +435,7 @@ class Opener:
         self._settings = settings
         self._folder = folder
         self._daemons: dict[int, Daemon] = {}
+        self._armed: frozenset[int] = frozenset()
 
     def follow(self, interfaces: Mapping[int, Interface]) -> None:
         """Have a daemon on each of these, started after the interface became what it is now, and no other."""
@@ -366,7 +448,14 @@ class Opener:
         for index, interface in interfaces.items():
             if index not in self._daemons:
                 self._daemons[index] = Daemon(self._settings, self._folder, interface)
+                self._daemons[index].armed = self._armed
                 _say(5, f"{interface.name} is listened on.")
+
+    def arm(self, armed: frozenset[int]) -> None:
+        """Have each wait for these one-time sequences."""
+        self._armed = armed
+        for daemon in self._daemons.values():
+            daemon.arm(armed)
 
     def look(self) -> Optional[float]:
         """Start what does not run; returns the seconds after which to look again, None where a signal will tell."""
@@ -447,11 +536,18 @@ def main(folder: str) -> None:
     os.umask(0o077)
     _forget_the_dead()
     channel = subscribe()
+    tables = subscribe_to_tables() if settings.one_time else None
     wake, ends = _signals()
     opener = Opener(settings, os.path.abspath(folder))
     is_known, is_ready = False, False
+    asked, is_asked = 0.0, False
     try:
         while not ends:
+            is_asked = is_asked and not (tables and _has_changed(tables))
+            wait = asked + ARMED_SECONDS - time.monotonic()
+            if tables and not is_asked and wait <= 0:
+                asked, is_asked = time.monotonic(), True
+                opener.arm(read_armed())
             if _has_changed(channel) or not is_known:
                 try:
                     opener.follow(read_interfaces())
@@ -459,11 +555,14 @@ def main(folder: str) -> None:
                 except OSError as exc:
                     is_known = False
                     _say(3, f"The kernel does not tell which interfaces there are: {exc.strerror}.")
-            pause = opener.look() if is_known else LONGEST_PAUSE_SECONDS
+            pauses = [opener.look() if is_known else LONGEST_PAUSE_SECONDS]
             if is_known and not is_ready:
                 _tell_ready()
                 is_ready = True
-            select.select([channel, wake], [], [], pause)
+            if tables and not is_asked:
+                pauses.append(max(0.0, wait))
+            pause = min((one for one in pauses if one is not None), default=None)
+            select.select([channel, wake, *([tables] if tables else [])], [], [], pause)
             with contextlib.suppress(BlockingIOError):
                 wake.recv(4096)
     finally:

@@ -12,13 +12,13 @@ from typing import Any
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.utils.display import Display
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_name
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import (
     INPUT_POLICIES,
     GateSettings,
     Honoured,
-    loose_warning,
+    guard_warnings,
     settings_from,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._jump import JumpError, JumpHost
@@ -120,8 +120,7 @@ class ActionModule(ConfirmedAction):
                 f"knock_server_one_time: expected a one-time sequence of operator {prover} that has not been used, to prove "
                 "the gate with; got none."
             )
-        warning = loose_warning(settings, len(sequences[0]))
-        if warning:
+        for warning in guard_warnings(settings, len(sequences[0]), BACK_ENDS[check_name(self._backend())].opener):
             display.warning(warning)
         payload: dict[str, Any] = {
             "run": self._run_id,

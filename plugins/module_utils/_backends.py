@@ -9,7 +9,7 @@ one back end to another is the same for all.
 
 from __future__ import annotations
 
-from typing import Any, Mapping, NamedTuple, Optional, Protocol, Sequence
+from typing import Any, Iterable, Mapping, NamedTuple, Optional, Protocol, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import Opening, Source
@@ -37,18 +37,20 @@ class Abilities(NamedTuple):
     """What the controller has to know of a back end before it knows the host.
 
     ``opener`` is what watches for knocks: ``kernel`` where the gate's own rules do. ``one_time`` says whether it can use a
-    sequence up, ``close_sequence`` whether another sequence can shut a window, ``input_policy`` whether it can
-    close all other ports.
+    sequence up, ``protocols`` what knocks it sees, ``close_sequence`` whether another sequence can shut a window,
+    ``input_policy`` whether it can close all other ports.
     """
 
     opener: str
     one_time: bool
+    protocols: Sequence[str]
     close_sequence: bool = False
     input_policy: bool = False
 
 
 BACK_ENDS: Mapping[str, Abilities] = {
-    "nftables": Abilities(opener="kernel", one_time=True, close_sequence=True, input_policy=True),
+    "nftables": Abilities("kernel", one_time=True, protocols=("tcp", "udp"), close_sequence=True, input_policy=True),
+    "knockd": Abilities("knockd", one_time=True, protocols=("tcp", "udp"), input_policy=True),
 }
 # In the order in which they are written. The gate comes last: it alone is what a reboot brings back, and it has the same path
 # whatever enforces it, so that a change of the back end has one moment, too. A key means the same file to all who have it.
@@ -61,6 +63,15 @@ FILES: Mapping[str, HostFile] = {
     "watch_unit": HostFile(
         "common/fleet-portknock-watch.service.j2", f"{UNIT_FOLDER}/fleet-portknock-watch.service", 0o644
     ),
+    "opener": HostFile("opener/opener.py", f"{CONFIG_FOLDER}/opener.py", 0o700),
+    "opener_settings": HostFile("opener/opener.json.j2", f"{CONFIG_FOLDER}/opener.json", 0o600),
+    "open": HostFile("opener/open.sh.j2", f"{CONFIG_FOLDER}/open.sh", 0o700),
+    "opener_unit": HostFile(
+        "opener/fleet-portknock-opener.service.j2", f"{UNIT_FOLDER}/fleet-portknock-opener.service", 0o644
+    ),
+    "knockd_conf": HostFile("knockd/knockd.conf.j2", f"{CONFIG_FOLDER}/knockd.conf", 0o600),
+    # Debian's own unit is not to run beside: it begins with the sequences that everybody knows.
+    "knockd_off": HostFile("opener/off.conf.j2", f"{UNIT_FOLDER}/knockd.service.d/fleet-portknock.conf", 0o644),
     "gate": HostFile("nftables/gate.nft.j2", f"{CONFIG_FOLDER}/gate.rules", 0o600),
 }
 # The units that boot starts, and those of them that go on running.
@@ -195,6 +206,21 @@ def check_name(name: object) -> str:
     return name
 
 
+def check_protocols(name: str, protocols: Iterable[str]) -> None:
+    """Check that a back end sees knocks of these protocols.
+
+    :raises PortknockError: it does not; says which ones do.
+    """
+    seen = BACK_ENDS[check_name(name)].protocols
+    unseen = sorted({*protocols} - {*seen})
+    if unseen:
+        able = [other for other, abilities in BACK_ENDS.items() if {*unseen} <= {*abilities.protocols}]
+        raise PortknockError(
+            f"knock_server_sequence_protocols: expected {' or '.join(seen)} with knock_server_backend={name}; got "
+            f"{', '.join(unseen)}, which {' and '.join(able) or 'no back end'} can see."
+        )
+
+
 def back_end(name: str, run: Runner = run_program) -> BackEnd:
     """The back end of that name.
 
@@ -202,6 +228,10 @@ def back_end(name: str, run: Runner = run_program) -> BackEnd:
     """
     check_name(name)
     # Not before: what a host does not use need not be compiled there.
+    if name == "knockd":
+        from ansible_collections.fleet.portknock.plugins.module_utils._backend_knockd import Knockd
+
+        return Knockd(run)
     from ansible_collections.fleet.portknock.plugins.module_utils._backend_nftables import Nftables
 
     return Nftables(run)
@@ -220,5 +250,6 @@ __all__ = (
     "HostFile",
     "back_end",
     "check_name",
+    "check_protocols",
     "files_of",
 )

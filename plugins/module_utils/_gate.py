@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -52,6 +53,13 @@ _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 _NOTHING = "0:0"
 _AGAIN = "3:0"
 _HIGHEST_STATE = 0xFFFF
+
+# knockd's own bounds: knocks in a sequence, and in all of them together. Of more it makes a packet filter that the kernel does
+# not take, and takes seconds and hundreds of megabytes to make it.
+_KNOCKD_LONGEST = 32
+_KNOCKD_MOST = 600
+# How many of an operator's one-time sequences it waits for at a time, as opener.py has it.
+_KNOCKD_ONE_TIME = 8
 
 # Where stand-ins come from: ports that no service is registered for, so that no firewall treats them specially, and
 # below 600, where glibc's bindresvport begins.
@@ -245,6 +253,7 @@ def build_model(
             for name, operator in sorted(operators.items())
             for knocks in operator.close
         ],
+        "doors": _doors(settings, operators) if opener == "knockd" else [],
         "tripwires": sorted(tripwires),
         "look_tcp": look["tcp"],
         "look_udp": look["udp"],
@@ -274,8 +283,33 @@ def guess_cost(settings: GateSettings, length: int) -> float:
     return chance
 
 
-def loose_warning(settings: GateSettings, length: int) -> Optional[str]:
-    """What to tell the user of the guard ``loose``; None for the other guards."""
+def guard_warnings(settings: GateSettings, length: int, opener: str = "kernel") -> list[str]:
+    """What to tell the user of how the gate is guarded against guesses.
+
+    :param length: of a sequence.
+    :param opener: what watches for knocks.
+    """
+    if opener == "knockd":
+        return _knockd_warnings(settings, length)
+    warning = _loose_warning(settings, length)
+    return [warning] if warning else []
+
+
+def _knockd_warnings(settings: GateSettings, length: int) -> list[str]:
+    warnings = [
+        f"{_OPTION}backend: knockd ignores ports that are in none of its sequences, so one sweep over all ports in random order "
+        f"opens a sequence of {length} knocks in about 1 of {math.factorial(length)} cases; nftables makes that practically "
+        "impossible, and one-time sequences make what was guessed worthless."
+    ]
+    for key in ("guard", "tripwires"):
+        if getattr(settings, key) != getattr(GateSettings, key):
+            warnings.append(
+                f"{_OPTION}{key}: {getattr(settings, key)} means nothing to knockd, which has a guard of its own."
+            )
+    return warnings
+
+
+def _loose_warning(settings: GateSettings, length: int) -> Optional[str]:
     if settings.guard != "loose":
         return None
     return (
@@ -395,6 +429,43 @@ def _automaton(settings: GateSettings, operators: Mapping[str, Honoured]) -> lis
     return steps
 
 
+def _doors(settings: GateSettings, operators: Mapping[str, Honoured]) -> list[dict[str, object]]:
+    """What knockd waits for: each sequence with its operator's number, and its id where it opens once; those come last.
+
+    knockd has one time for a whole sequence, in whole seconds of the clock, so that one which has just begun may count: as long
+    as every step may take, and one more.
+    """
+    reusable = [(one.number, "", knocks) for _name, one in sorted(operators.items()) for knocks in one.sequences]
+    once = [
+        (one.number, f"{identity:x}", knocks)
+        for _name, one in sorted(operators.items())
+        for identity, knocks in sorted(one.one_time.items())
+    ]
+    option = f"{_OPTION}sequences"
+    for _number, _identity, knocks in (*reusable, *once):
+        if len(knocks) > _KNOCKD_LONGEST:
+            raise PortknockError(
+                f"{option}: expected at most {_KNOCKD_LONGEST} knocks with {_OPTION}backend=knockd; got {len(knocks)}."
+            )
+    most = max((len(knocks) for _number, _identity, knocks in once), default=0)
+    waiting = sum(min(_KNOCKD_ONE_TIME, len(operator.one_time)) for operator in operators.values()) * most
+    waiting += sum(len(knocks) for _number, _identity, knocks in reusable)
+    if waiting > _KNOCKD_MOST:
+        raise PortknockError(
+            f"{_OPTION}operators: expected at most {_KNOCKD_MOST} knocks in all of the sequences that knockd waits for; got "
+            f"{waiting}. Have fewer operators, shorter sequences, or another {_OPTION}backend."
+        )
+    return [
+        {
+            "number": f"{number:x}",
+            "id": identity,
+            "knocks": [f"{knock.port}:{knock.proto}" for knock in knocks],
+            "timeout": settings.step_timeout * (len(knocks) - 1) + 1,
+        }
+        for number, identity, knocks in (*reusable, *once)
+    ]
+
+
 def _stand_ins(seed: bytes, barred: AbstractSet[int]) -> list[int]:
     """Low ports that nothing uses, in an order that only the host's secret gives."""
 
@@ -425,7 +496,7 @@ __all__ = (
     "GateSettings",
     "Honoured",
     "build_model",
+    "guard_warnings",
     "guess_cost",
-    "loose_warning",
     "settings_from",
 )

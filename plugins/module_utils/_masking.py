@@ -14,11 +14,13 @@ _SET = re.compile(
     r"(?P<head>\s*\{(?:[^{}]|\{[^{}]*\})*?elements\s*=\s*\{)(?P<elements>[^{}]*)\}"
 )
 
+# As knockd's configuration has them.
+_SEQUENCE = re.compile(r"^(?P<head>\s*sequence\s*=\s*)(?P<knocks>\S.*)$", re.MULTILINE | re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.])[0-9]{4,5}(?![\w.])")
 
 
 def masked(before: str, after: str) -> tuple[str, str]:
-    """Both texts with secret elements replaced by their number; where only the elements differ, the second says so."""
+    """Both texts with secret elements and sequences replaced by their number; where only these differ, the second says so."""
     old = {match.group("name"): _split(match) for match in _SET.finditer(before)}
 
     def hide(match: Match[str]) -> str:
@@ -33,19 +35,29 @@ def masked(before: str, after: str) -> tuple[str, str]:
         changed = match.group("name") in old and old[match.group("name")] != _split(match)
         return hidden.replace("secret elements", "other secret elements") if changed else hidden
 
+    sequences = {match.group("knocks") for match in _SEQUENCE.finditer(before)}
+
+    def hide_sequence(match: Match[str]) -> str:
+        other = " other" if before and match.group("knocks") not in sequences else ""
+        return f"{match.group('head')}{match.group('knocks').count(',') + 1}{other} secret knocks"
+
     # A template of the user's own may say them in a rule, too.
     secret = {number for text in (before, after) for number in _secret_numbers(text)}
 
     def hide_number(match: Match[str]) -> str:
         return "(secret)" if match.group(0) in secret else match.group(0)
 
-    return _NUMBER.sub(hide_number, _SET.sub(hide, before)), _NUMBER.sub(hide_number, _SET.sub(hide_and_compare, after))
+    shown = _SET.sub(hide, before), _SET.sub(hide_and_compare, after)
+    first, second = (_NUMBER.sub(hide_number, _SEQUENCE.sub(hide_sequence, text)) for text in shown)
+    return first, second
 
 
 def _secret_numbers(text: str) -> Iterator[str]:
     for match in _SET.finditer(text):
         if match.group("name") not in PUBLIC_SETS:
             yield from _NUMBER.findall(match.group("elements"))
+    for match in _SEQUENCE.finditer(text):
+        yield from _NUMBER.findall(match.group("knocks"))
 
 
 def _split(match: Match[str]) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_name
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_protocols
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, build_model
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
@@ -41,7 +41,10 @@ def gate_texts(
     # as it was when the secrets were made, so that a service that comes and goes changes nothing.
     avoid = entry.avoid | {knock.port for knock in in_use if knock.port < _FIRST_UNPRIVILEGED}
     honoured = entry.honoured(operators)
-    probe, opener = found["backend"]["capabilities"], BACK_ENDS[check_name(backend)].opener
+    check_protocols(
+        backend, (knock.proto for one in honoured.values() for knocks in one.every_sequence for knock in knocks)
+    )
+    probe, opener = found["backend"]["capabilities"], BACK_ENDS[backend].opener
     gate = build_model(settings, honoured, entry.tripwire_seed, avoid, probe, opener)
     return {
         "texts": render(templates, backend, gate),

@@ -292,11 +292,13 @@ class Lab:
         validity: Optional[Mapping[str, tuple[int, int]]] = None,
         one_time: Optional[Mapping[str, Mapping[int, Sequence[Knock]]]] = None,
         close: Optional[Mapping[str, Sequence[Sequence[Knock]]]] = None,
+        opener: str = "kernel",
         **options: object,
     ) -> tuple[str, dict[str, Any]]:
         """The role's template with a real model, and the model.
 
         :param validity: from when and until when operators may knock, in seconds since 1970.
+        :param opener: what watches for knocks.
         """
         settings = settings_from({"protected_ports": ["22/tcp", "51820/udp"], "tripwires": 200, **options})
         operators = {
@@ -311,7 +313,12 @@ class Lab:
             operators[name] = operators[name]._replace(valid_from=begin, valid_until=end)
         for name, several in (close or {}).items():
             operators[name] = operators[name]._replace(close=several)
-        model = build_model(settings, operators, SEED, avoid, probe or {"socket_wildcard": True, "one_time": True})
+        probe = probe or {"socket_wildcard": True, "one_time": True}
+        model = build_model(settings, operators, SEED, avoid, probe, opener)
+        return self.rendered(f"nftables/{template}.nft.j2", model), model
+
+    def rendered(self, template: str, model: Mapping[str, Any]) -> str:
+        """Any of the role's templates."""
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(TEMPLATES),
             trim_blocks=True,
@@ -320,7 +327,7 @@ class Lab:
             undefined=jinja2.StrictUndefined,
             autoescape=False,  # noqa: S701
         )
-        return environment.get_template(f"nftables/{template}.nft.j2").render(gate=model), model
+        return environment.get_template(template).render(gate=model)
 
     def gate(self, **options: Any) -> dict[str, Any]:
         """Load the gate as the module does; returns the model."""

@@ -54,7 +54,11 @@ def read_kernel() -> Kernel:
     """Ask the kernel. A gate without one-time sequences is one without operators that have any."""
     owner = {_minor(pair[0]): _minor(pair[1]) for pair in _elements("map", "owner")}
     armed = {_minor(element) for element in _elements("set", "armed")}
-    burnt = {_minor(element["elem"]["val"]) for element in _elements("set", "burnt")}
+    # With a quota where a rule has written it, bare where a daemon's command has.
+    burnt = {
+        _minor(element["elem"]["val"] if isinstance(element, dict) else element)
+        for element in _elements("set", "burnt")
+    }
     known: dict[int, list[int]] = {}
     for identity in sorted(owner):
         known.setdefault(owner[identity], []).append(identity)

@@ -259,7 +259,8 @@ def test_services_that_are_shut_are_told_of_once(
 
 @pytest.mark.parametrize(("option", "value"), [("one_time", 20), ("close_sequence", True), ("input_policy", "drop")])
 def test_what_a_back_end_can_not_do(option: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    unable = {"nftables": Abilities("kernel", True, True, True), "crutch": Abilities("kernel", False)}
+    able = Abilities("kernel", one_time=True, protocols=("tcp",), close_sequence=True, input_policy=True)
+    unable = {"nftables": able, "crutch": Abilities("kernel", one_time=False, protocols=("tcp",))}
     monkeypatch.setattr(knock_gate, "BACK_ENDS", unable)
     settings = settings_from({option: value})
     Asking(backend="nftables")._check_abilities(settings)

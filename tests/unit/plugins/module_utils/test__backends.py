@@ -10,7 +10,9 @@ from ansible_collections.fleet.portknock.plugins.module_utils._backends import (
     FILES,
     SERVICES,
     UNITS,
+    Abilities,
     back_end,
+    check_protocols,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 
@@ -37,3 +39,15 @@ def test_no_two_files_have_one_path() -> None:
 def test_unknown_back_end(name: object) -> None:
     with pytest.raises(PortknockError, match=r"^knock_server_backend: expected one of nftables.*; got "):
         back_end(name)  # type: ignore[arg-type]
+
+
+def test_knocks_that_a_back_end_can_t_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACK_ENDS, "nftables", Abilities("kernel", one_time=True, protocols=("tcp", "udp", "icmp")))
+    check_protocols("nftables", ["icmp", "tcp"])
+    check_protocols("knockd", ["tcp", "udp"])
+    with pytest.raises(PortknockError) as caught:
+        check_protocols("knockd", ["tcp", "icmp"])
+    assert str(caught.value) == (
+        "knock_server_sequence_protocols: expected tcp or udp with knock_server_backend=knockd; got icmp, which nftables can "
+        "see."
+    )

@@ -16,8 +16,8 @@ from ansible_collections.fleet.portknock.plugins.module_utils._gate import (
     GateSettings,
     Honoured,
     build_model,
+    guard_warnings,
     guess_cost,
-    loose_warning,
     settings_from,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
@@ -199,6 +199,7 @@ def test_the_model_is_plain_and_repeats_itself() -> None:
             "audit_days",
             "close",
             "closed_response",
+            "doors",
             "guard",
             "input_policy",
             "served",
@@ -357,12 +358,60 @@ def test_guess_cost(settings: GateSettings, length: int, expected: float) -> Non
     assert guess_cost(settings, length) == pytest.approx(expected)
 
 
-def test_loose_warning() -> None:
-    assert loose_warning(GateSettings((22,), ()), 4) is None
-    assert loose_warning(GateSettings((22,), (), guard="loose"), 4) == (
+def test_guard_warnings() -> None:
+    assert guard_warnings(GateSettings((22,), ()), 4) == []
+    assert guard_warnings(GateSettings((22,), (), guard="loose"), 4) == [
         "knock_server_guard: loose ignores wrong ports, so one sweep over all ports in random order opens a sequence of 4 "
         "knocks in about 1 of 24 cases, and 4 sweeps open any; tripwires or strict make that practically impossible."
-    )
+    ]
+
+
+def test_what_is_told_of_knockd_s_guard() -> None:
+    (warning,) = guard_warnings(GateSettings((22,), ()), 6, "knockd")
+    assert warning.startswith("knock_server_backend: knockd ignores ports that are in none of its sequences")
+    assert "a sequence of 6 knocks in about 1 of 720 cases" in warning
+    _cost, guard, tripwires = guard_warnings(GateSettings((22,), (), guard="strict", tripwires=9), 6, "knockd")
+    assert guard == "knock_server_guard: strict means nothing to knockd, which has a guard of its own."
+    assert tripwires == "knock_server_tripwires: 9 means nothing to knockd, which has a guard of its own."
+
+
+def doors(operators: dict[str, Honoured], **settings: Any) -> Any:
+    return build_model(GateSettings((22,), (), **settings), operators, SEED, frozenset(), {"one_time": True}, "knockd")
+
+
+def test_doors() -> None:
+    """One for each sequence, those that open once last; knockd's time is that of a whole sequence."""
+    operators = {
+        "alice": Honoured(1, [(A, B, C), (B, Knock(4000, "udp"))]),
+        "bob": Honoured(10, [], one_time={255: (D, E, F)}),
+    }
+    first, second, once = doors(operators, step_timeout=5)["doors"]
+    assert first == {"number": "1", "id": "", "knocks": ["50001:tcp", "41007:tcp", "61009:tcp"], "timeout": 11}
+    assert (second["knocks"], second["timeout"]) == (["41007:tcp", "4000:udp"], 6)
+    assert (once["number"], once["id"], once["timeout"]) == ("a", "ff", 11)
+    assert model()["doors"] == []
+
+
+def test_more_than_knockd_can_wait_for() -> None:
+    ports = iter(range(2000, 60000, 2))
+
+    def sequence(length: int) -> list[Knock]:
+        return [Knock(next(ports), "tcp") for _ in range(length)]
+
+    assert len(doors({"alice": Honoured(1, [sequence(32)])})["doors"]) == 1
+    with pytest.raises(
+        PortknockError, match=r"^knock_server_sequences: expected at most 32 knocks with .*knockd; got 33\.$"
+    ):
+        doors({"alice": Honoured(1, [sequence(33)])})
+    crowd = {f"o{number}": Honoured(number, [sequence(6)]) for number in range(1, 101)}
+    assert len(doors(crowd)["doors"]) == 100
+    with pytest.raises(
+        PortknockError, match=r"^knock_server_operators: expected at most 600 knocks in all .*; got 606\."
+    ):
+        doors({**crowd, "one": Honoured(101, [sequence(6)])})
+    # Of a stock it waits for the next few.
+    stock = {identity: sequence(6) for identity in range(1, 201)}
+    assert len(doors({"alice": Honoured(1, [], one_time=stock)})["doors"]) == 200
 
 
 def test_one_time_sequences_end_in_states_of_their_own() -> None:

@@ -61,3 +61,21 @@ def test_a_secret_that_a_rule_repeats_is_hidden_there_too() -> None:
 
 def test_text_without_sets_is_left_as_it_is() -> None:
     assert masked("[Unit]\n", "[Unit]\nAfter=x\n") == ("[Unit]\n", "[Unit]\nAfter=x\n")
+
+
+DOORS = "[1]\n    sequence = 40001:tcp,{port}:udp\n    seq_timeout = 40001\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("", DOORS.format(port=40002), "    sequence = 2 secret knocks\n"),
+        (DOORS.format(port=40002), DOORS.format(port=40002), "    sequence = 2 secret knocks\n"),
+        (DOORS.format(port=40003), DOORS.format(port=40002), "    sequence = 2 other secret knocks\n"),
+    ],
+)
+def test_knockd_s_sequences(before: str, after: str, said: str) -> None:
+    first, second = masked(before, after)
+    assert said in second
+    assert "4000" not in first + second
+    assert (first != second) is (before != after)

@@ -205,7 +205,7 @@ def test_the_protected_port_looks_like_every_closed_one(lab: Lab, family: int, p
         for port in (WIREGUARD, CLOSED):
             packet = network(source, host) / UDP(sport=lab.source_port(), dport=port) / payload
             if _shows(lab, source, port, packet):
-                differences.append(("udp", port))
+                differences.append((f"udp {port}", []))
     assert not differences
     if probe["socket_wildcard"]:
         assert not answered

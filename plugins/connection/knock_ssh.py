@@ -32,7 +32,7 @@ notes:
     connections that never log in against their source (C(PerSourcePenalties)).
   - At a single-use gate each of these is knocked for. Where another fork of the run, or somebody who shares its address, uses
     up what a knock has opened, the refused connection is knocked for again, a few times.
-  - A gate of fwknop is opened by one packet (SPA), which the program C(fwknop) sends: it has to be installed where the knock
+  - A gate of fwknop is opened by one packet (SPA), which the program C(fwknop) sends. It has to be installed where the knock
     leaves from (Debian's package C(fwknop-client)). fwknop has no IPv6, so ssh is told to use IPv4 there, unless it goes through
     a jump host.
   - Of sequences that open once, each is sent once, the next one at each connection. Which is next is noted beside the keyring's
@@ -91,9 +91,8 @@ options:
   knock_spa_source:
     description:
       - The IPv4 address that the packet for a gate of fwknop asks to be let in for. Where it is not set, that is the local address
-        from which packets to the host leave, which is wrong behind address translation (NAT): there, set what the host sees.
+        from which packets to the host leave. Behind address translation (NAT) that is wrong; there, set what the host sees.
     type: string
-    version_added: 0.1.0
     vars:
       - name: knock_spa_source
     env:

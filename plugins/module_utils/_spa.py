@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from typing import Iterator, Tuple
+from typing import Iterator, Sequence, Tuple
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
@@ -43,8 +43,13 @@ def keys_of(knock: Knock) -> Tuple[str, str]:
     return key, hmac_key
 
 
-def asking_for(knocks: Tuple[Knock, ...], source: str) -> Tuple[Knock, ...]:
-    """Return what asks for another address than the one that it leaves from; what is no such packet stays as it is."""
+def asking_for(knocks: Sequence[Knock], source: str) -> Tuple[Knock, ...]:
+    """Return what asks for another address than the one that it leaves from; what is no such packet stays as it is.
+
+    :param source: empty for the one that it leaves from.
+    """
+    if not source:
+        return tuple(knocks)
     return tuple(
         knock._replace(spa=f"{knock.spa.partition('@')[0]}@{source}") if knock.spa else knock for knock in knocks
     )

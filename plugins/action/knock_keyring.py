@@ -269,7 +269,9 @@ def _asked(backend: str, protected: Sequence[Knock], one_time: int = 0) -> Knock
             f"{one_time}. One-time sequences are for {' and '.join(able)}."
         )
     if not protected:
-        raise PortknockError("knock_server_protected_ports: expected at least one port such as 22/tcp; got an empty list.")
+        raise PortknockError(
+            "knock_server_protected_ports: expected at least one port such as 22/tcp; got an empty list."
+        )
     return protected[0]
 
 

@@ -90,8 +90,9 @@ options:
       - name: knock_sequences
   knock_spa_source:
     description:
-      - The IPv4 address that the packet for a gate of fwknop asks to be let in for. Where it is not set, that is the local address
-        from which packets to the host leave. Behind address translation (NAT) that is wrong; there, set what the host sees.
+      - The IPv4 address that the packet for a gate of fwknop asks to be let in for. Where it is not set, that is the local
+        address from which packets to the host leave. Behind address translation (NAT) that is wrong; there, set what the host
+        sees.
     type: string
     vars:
       - name: knock_spa_source

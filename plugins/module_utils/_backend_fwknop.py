@@ -48,7 +48,9 @@ class Fwknop(Nftables):
         """
         super().check(texts)
         # In memory, as far as that is root's.
-        with tempfile.TemporaryDirectory(prefix="fleet-portknock-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix="fleet-portknock-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None
+        ) as folder:
             for name in ("fwknopd_conf", "fwknop_access"):
                 text = texts[name].replace("{run}", folder).replace("{folder}", folder)
                 write_text(os.path.join(folder, name), text, 0o600)

@@ -333,8 +333,8 @@ class HostSecrets:
         """
         if mode != self.mode:
             raise PortknockError(
-                f"knock_server_backend: expected one that is opened by the kind of secrets that the keyring holds for {self.host} "
-                f"({self.mode}); got one that is opened by {mode}. Run site.yml, which makes them."
+                f"knock_server_backend: expected one that is opened by what the keyring holds for {self.host} ({self.mode}); got "
+                f"one that is opened by {mode}. Run site.yml, which makes that."
             )
 
     def one_time(self, operator: str | None = None) -> list[tuple[str, Mapping[int, tuple[Knock, ...]]]]:

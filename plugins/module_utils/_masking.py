@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"(?<![\w.])[0-9]{4,5}(?![\w.])")
 
 
 def masked(before: str, after: str) -> tuple[str, str]:
-    """Both texts with secret elements, sequences and keys replaced by their number; where only these differ, the second says so."""
+    """Both texts with secret elements, sequences and keys replaced; where only these differ, the second says so."""
     old = {match.group("name"): _split(match) for match in _SET.finditer(before)}
 
     def hide(match: Match[str]) -> str:
@@ -59,9 +59,7 @@ def masked(before: str, after: str) -> tuple[str, str]:
         return f"{match.group('head')}({other}secret)"
 
     shown = _SET.sub(hide, before), _SET.sub(hide_and_compare, after)
-    first, second = (
-        _NUMBER.sub(hide_number, _KEY.sub(hide_key, _SEQUENCE.sub(hide_sequence, text))) for text in shown
-    )
+    first, second = (_NUMBER.sub(hide_number, _KEY.sub(hide_key, _SEQUENCE.sub(hide_sequence, text))) for text in shown)
     return first, second
 
 

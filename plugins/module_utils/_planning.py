@@ -132,7 +132,7 @@ def plan_secrets(
     * An entry that was marked removed is live again.
     * Packages are noted, and so is a gate that is to be a single-use one; neither changes secrets, so the generation stays.
       That it is one no more is noted by :meth:`HostSecrets.promoted`: until then clients have to reckon with it.
-    * With ``spa``, a protected port, the gate is opened by one packet that asks for it: each sequence has keys for that beside it.
+    * With ``spa``, a protected port, the gate is opened by one packet that asks for it: each sequence has keys beside it.
     * ``valid_until`` gives each operator that it names a time, and takes those of others away; None leaves them as they are.
 
     :param now: the time, for what is created, such as 2026-01-31T08:15:00Z.
@@ -149,8 +149,8 @@ def plan_secrets(
         )
     if spa is not None and sequences:
         raise PortknockError(
-            f"{SEQUENCES_OPTION}: expected none where knock_server_backend is opened by one packet (fwknop), whose keys the keyring "
-            f"makes; got those of {', '.join(sequences)}."
+            f"{SEQUENCES_OPTION}: expected none where knock_server_backend is opened by one packet (fwknop), whose keys the "
+            f"keyring makes; got those of {', '.join(sequences)}."
         )
     warnings = _check_given(sequences, protected, nmap_ports, in_use)
     _check_readmitted(readmit, names)

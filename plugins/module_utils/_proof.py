@@ -145,7 +145,9 @@ def _prove_applied(request: Mapping[str, Any]) -> dict[str, Any]:
         ``source_trusted``; ``knocks``, or ``once`` instead (secret), see :func:`prove`, and ``timeout`` in seconds.
     """
     once = [parse_knocks(knocks, "once", secret=True) for knocks in request.get("once", ())]
-    return prove(_subject_of(request), parse_knocks(request["knocks"], "knocks", secret=True, protocols=SENT_PROTOCOLS), once).as_result()
+    return prove(
+        _subject_of(request), parse_knocks(request["knocks"], "knocks", secret=True, protocols=SENT_PROTOCOLS), once
+    ).as_result()
 
 
 def _prove_removed(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +193,9 @@ def prove(subject: Subject, knocks: Sequence[Knock], once: Sequence[Sequence[Kno
         if address.family in families or address in subject.trusted:
             continue
         if is_spa and address.family == socket.AF_INET6:
-            proof.note(f"Not open on {_name(address)}, whoever asks: fwknop has no IPv6, so the gate stays closed there.")
+            proof.note(
+                f"Not open on {_name(address)}, whoever asks: fwknop has no IPv6, so the gate stays closed there."
+            )
             continue
         families.add(address.family)
         ports = subject.listening["inet6" if address.family == socket.AF_INET6 else "inet"]

@@ -157,4 +157,14 @@ def _private_file(text: str) -> Iterator[Tuple[str, Tuple[int, ...]]]:
         yield path, ()
 
 
-__all__ = ("PORT", "PROGRAM", "asking_for", "check_client", "check_source", "client_stanza", "keys_of", "new_spa", "send_spa")
+__all__ = (
+    "PORT",
+    "PROGRAM",
+    "asking_for",
+    "check_client",
+    "check_source",
+    "client_stanza",
+    "keys_of",
+    "new_spa",
+    "send_spa",
+)

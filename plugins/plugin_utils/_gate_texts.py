@@ -88,7 +88,9 @@ def with_throwaway_secrets(
 
 def _any_port(settings: GateSettings) -> Knock:
     """A protected port."""
-    return Knock(settings.protected_tcp[0], "tcp") if settings.protected_tcp else Knock(settings.protected_udp[0], "udp")
+    return (
+        Knock(settings.protected_tcp[0], "tcp") if settings.protected_tcp else Knock(settings.protected_udp[0], "udp")
+    )
 
 
 __all__ = ("gate_texts", "with_throwaway_secrets")

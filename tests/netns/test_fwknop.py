@@ -13,55 +13,40 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._backend_fwknop import Fwknop
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import CONFIG_FOLDER
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import Address, knock_until_open, send
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._spa import PORT, asking_for, keys_of, new_spa
-from netlab import CLIENT6, HOST4, HOST6, SSH, TABLE, Lab, wait_for
+from netlab import CLIENT6, HOST4, HOST6, SSH, Lab, wait_for
+from openlab import SECONDS, Opener
 
-SECONDS = 20.0
 ALICE, BOB = new_spa(Knock(22, "tcp")), new_spa(Knock(22, "tcp"))
-FOLDER = "/etc/fleet-portknock"
 pytestmark = pytest.mark.skipif(
     not shutil.which("fwknopd", path="/usr/sbin:/sbin") or not shutil.which("fwknop"), reason="needs fwknopd and fwknop"
 )
 
 
-class Host:
-    """The supervisor and its daemon at work on the host, with a folder of their own."""
+class Host(Opener):
+    """The host, with what a packet does."""
 
     def __init__(self, lab: Lab, folder: Path) -> None:
-        self.lab = lab
-        self.folder = folder
+        super().__init__(lab, folder, "fwknop")
         self.state = folder / "state"
-        self.log = folder / "log"
-        self._process: subprocess.Popen[bytes] | None = None
 
-    def write(self, **options: Any) -> None:
-        """Load the gate, and write what the supervisor runs with."""
-        model = self.lab.gate(opener="fwknop", **options)
-        for key in Fwknop.opener_files:
-            file = Fwknop.files[key]
-            text = self.lab.rendered(file.template, model).replace(FOLDER, str(self.state))
-            path = self.folder / os.path.basename(file.path)
-            path.write_text(text)
-            path.chmod(file.mode)
+    def write(self, name: str, text: str) -> None:
+        super().write(name, text.replace(CONFIG_FOLDER, str(self.state)))
+        (self.folder / name).chmod(0o600)
 
     def start(self) -> None:
-        with self.lab.host.inside(), self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(self.folder / "opener.py"), str(self.folder)], stderr=log
-            )
+        super().start()
         wait_for(self.hears, SECONDS, "a daemon that hears")
 
     def hears(self) -> bool:
@@ -84,32 +69,17 @@ class Host:
         with self.lab.client.inside():
             send(Address(socket.AF_INET, (host, SSH)), [spa], source=source)
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
     def daemon(self) -> int | None:
-        """The daemon's process."""
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == self.pid and (entry / "cmdline").read_bytes().startswith(b"/usr/sbin/fwknopd"):
-                    return int(entry.name)
-        return None
-
-    def stop(self, how: int = signal.SIGTERM) -> None:
-        if self._process is not None:
-            self._process.send_signal(how)
-            self._process.wait()
-            self._process = None
+        """The daemon's process: there is one, for all interfaces."""
+        assert set(self.daemons()) <= {"any"}
+        return self.daemons().get("any")
 
 
 @pytest.fixture
 def host(lab: Lab, tmp_path: Path) -> Iterator[Host]:
     """A host with a closed gate for two operators, and a supervisor that has not been started."""
     made = Host(lab, tmp_path)
-    made.write(sequences={"alice": [(ALICE,)], "bob": [(BOB,)]})
+    made.gate(sequences={"alice": [(ALICE,)], "bob": [(BOB,)]})
     # The address that the start is tried with.
     lab.client.ip("addr", "add", f"192.0.2.{200 + os.getpid() % 50}/24", "dev", "c0")
     try:
@@ -136,10 +106,6 @@ def say(host: Host, payload: bytes, source: str, target: str = HOST4) -> None:
         sock.sendto(payload, (target, PORT))
 
 
-def close(lab: Lab) -> None:
-    lab.host.nft(f"flush set inet {TABLE} open4\n")
-
-
 def test_a_packet_opens_for_the_address_that_it_asks_for(lab: Lab, host: Host) -> None:
     host.start()
     source, stranger = lab.source(), lab.source()
@@ -153,7 +119,7 @@ def test_a_packet_opens_for_the_address_that_it_asks_for(lab: Lab, host: Host) -
 
 
 def test_the_kernel_closes_when_all_else_is_dead(lab: Lab, host: Host) -> None:
-    host.write(sequences={"alice": [(ALICE,)]}, open_window=5)
+    host.gate(sequences={"alice": [(ALICE,)]}, open_window=5)
     host.start()
     source = lab.source()
     assert host.opens(ALICE, source)
@@ -164,7 +130,7 @@ def test_the_kernel_closes_when_all_else_is_dead(lab: Lab, host: Host) -> None:
 def test_what_opens_nothing(lab: Lab, host: Host) -> None:
     """A key that is nobody's, one that is half somebody's, one whose time is over or has not come, no address, and another port."""
     expired, early = new_spa(Knock(22, "tcp")), new_spa(Knock(22, "tcp"))
-    host.write(
+    host.gate(
         sequences={"alice": [(ALICE,)], "carol": [(expired,)], "dave": [(early,)]},
         validity={"carol": (1767225600, 1767225601), "dave": (4102444800, 4102448400)},
     )
@@ -182,7 +148,7 @@ def test_what_opens_nothing(lab: Lab, host: Host) -> None:
 
 def test_a_key_of_a_port_that_was_protected_once_still_opens(lab: Lab, host: Host) -> None:
     former = new_spa(Knock(2022, "tcp"))
-    host.write(sequences={"alice": [(ALICE,), (former,)]})
+    host.gate(sequences={"alice": [(ALICE,), (former,)]})
     host.start()
     source = lab.source()
     assert host.opens(former, source)
@@ -201,7 +167,7 @@ def test_a_replay_is_refused_at_once_and_for_ever(lab: Lab, host: Host) -> None:
     wait_for(lambda: lab.look(source) == "open", SECONDS, "an open port")
 
     def again() -> None:
-        close(lab)
+        host.close()
         say(host, payload, source)
         say(host, payload, lab.source())
         with other.inside(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -287,13 +253,13 @@ def test_interfaces_come_and_go(lab: Lab, host: Host) -> None:
             result = knock_until_open([Address(socket.AF_INET, ("198.51.100.1", SSH))], [ALICE], SSH, SECONDS)
         assert result.state == "open"
         lab.host.ip("link", "del", "h1")
-        close(lab)
+        host.close()
     assert host.daemon() == daemon
 
 
 def test_ipv6_stays_closed_but_to_trusted_sources(lab: Lab, host: Host) -> None:
     trusted, source = lab.source(6), lab.source(6)
-    host.write(sequences={"alice": [(ALICE,)]}, trusted_sources=[f"{trusted}/128"])
+    host.gate(sequences={"alice": [(ALICE,)]}, trusted_sources=[f"{trusted}/128"])
     host.start()
     with lab.client.inside(), pytest.raises(OSError, match="IPv6"):
         send(Address(socket.AF_INET6, (HOST6, SSH, 0, 0)), [ALICE], source=source)
@@ -306,7 +272,7 @@ def test_ipv6_stays_closed_but_to_trusted_sources(lab: Lab, host: Host) -> None:
 
 
 def test_single_use(lab: Lab, host: Host) -> None:
-    host.write(sequences={"alice": [(ALICE,)]}, single_use=True)
+    host.gate(sequences={"alice": [(ALICE,)]}, single_use=True)
     host.start()
     source = lab.source()
     for _time in range(2):
@@ -315,9 +281,7 @@ def test_single_use(lab: Lab, host: Host) -> None:
         assert lab.look(source) == "reset"
 
 
-def test_keys_are_nowhere_to_be_seen(
-    lab: Lab, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_are_nowhere_to_be_seen(lab: Lab, host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in arguments and environments, nor in what is written, nor in files that others can read."""
     programs, seen = tmp_path / "bin", tmp_path / "seen"
     programs.mkdir()
@@ -358,7 +322,10 @@ def test_settings_are_read_by_fwknopd_first(host: Host) -> None:
     }
     rules: Mapping[str, str] = {"gate": host.lab.text, "closed": host.lab.render(template="closed")[0]}
     back_end.check({**texts, **rules})
-    for name, wrong in (("fwknop_access", "KEY_BASE64 no base64 at all %%%"), ("fwknopd_conf", "PCAP_DISPATCH_COUNT -5;")):
+    for name, wrong in (
+        ("fwknop_access", "KEY_BASE64 no base64 at all %%%"),
+        ("fwknopd_conf", "PCAP_DISPATCH_COUNT -5;"),
+    ):
         with pytest.raises(PortknockError, match=r"expected settings that fwknopd accepts") as failure:
             back_end.check({**texts, **rules, name: texts[name] + f"\n{wrong}\n"})
         assert not any(key in str(failure.value) for key in keys_of(ALICE))

@@ -96,7 +96,18 @@ def test_settings(opener: ModuleType) -> None:
     assert opener.read_settings('{"argv": ["d"], "everywhere": true, "state": "/s"}')[4:] == (True, "/s")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"argv": []}', '{"argv": [1]}', '{"argv": ["a"], "memory": "x"}', '{"argv": ["a"], "everywhere": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"argv": []}',
+        '{"argv": [1]}',
+        '{"argv": ["a"], "memory": "x"}',
+        '{"argv": ["a"], "everywhere": 1}',
+    ],
+)
 def test_settings_that_say_nothing(opener: ModuleType, text: str) -> None:
     with pytest.raises(opener.OpenerError, match=r"opener\.json: expected argv"):
         opener.read_settings(text)

@@ -186,8 +186,8 @@ def prove(subject: Subject, knocks: Sequence[Knock], once: Sequence[Sequence[Kno
     is_spa = any(knock.spa for knock in knocks)
     if is_spa and not any(address.family == socket.AF_INET or address in subject.trusted for address in reached):
         raise PortknockError(
-            f"knock_server_backend: expected an IPv4 address of the host that can be reached from {subject.here}, since fwknop has "
-            f"no IPv6; got {_names(reached)} only."
+            f"knock_server_backend: expected an IPv4 address of the host that can be reached from {subject.here}, since fwknop "
+            f"has no IPv6; got {_names(reached)} only."
         )
     for address in reached:
         if address.family in families or address in subject.trusted:

@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from typing import Iterator, Sequence, Tuple
+from typing import Iterator, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
@@ -37,13 +37,13 @@ def new_spa(asked: Knock) -> Knock:
     return Knock(asked.port, asked.proto, ":".join(keys))
 
 
-def keys_of(knock: Knock) -> Tuple[str, str]:
+def keys_of(knock: Knock) -> tuple[str, str]:
     """Return the key and the HMAC's key, in base64."""
     key, _colon, hmac_key = knock.spa.partition("@")[0].partition(":")
     return key, hmac_key
 
 
-def asking_for(knocks: Sequence[Knock], source: str) -> Tuple[Knock, ...]:
+def asking_for(knocks: Sequence[Knock], source: str) -> tuple[Knock, ...]:
     """Return what asks for another address than the one that it leaves from; what is no such packet stays as it is.
 
     :param source: empty for the one that it leaves from.
@@ -140,7 +140,7 @@ def send_spa(host: str, knock: Knock, source: str) -> None:
 
 
 @contextlib.contextmanager
-def _private_file(text: str) -> Iterator[Tuple[str, Tuple[int, ...]]]:
+def _private_file(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """A file with this text that only this user can read: its path, and the descriptors that whoever reads it has to inherit."""
     if hasattr(os, "memfd_create"):
         handle = os.memfd_create("portknock", os.MFD_CLOEXEC)

@@ -107,7 +107,8 @@ options:
     default: false
   backend:
     description:
-      - What enforces the gate. With V(fwknop), which is opened by one packet, each operator has keys for that beside the sequence.
+      - What enforces the gate. With V(fwknop), which is opened by one packet, each operator has keys for that beside the
+        sequence.
     type: str
     default: nftables
   packages:

@@ -128,7 +128,7 @@ def test_the_kernel_closes_when_all_else_is_dead(lab: Lab, host: Host) -> None:
 
 
 def test_what_opens_nothing(lab: Lab, host: Host) -> None:
-    """A key that is nobody's, one that is half somebody's, one whose time is over or has not come, no address, and another port."""
+    """A key that is nobody's or half somebody's, one whose time is over or has not come, no address, and another port."""
     expired, early = new_spa(Knock(22, "tcp")), new_spa(Knock(22, "tcp"))
     host.gate(
         sequences={"alice": [(ALICE,)], "carol": [(expired,)], "dave": [(early,)]},

@@ -22,11 +22,19 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     Address,
     Probe,
     knock_with_any,
+    local_address,
     probe,
     probe_udp,
     resolve,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    HIGHEST_PORT,
+    SENT_PROTOCOLS,
+    SPA,
+    Knock,
+    parse_knocks,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import check_client
 
 # Longer than the kernel waits before it repeats a SYN (1 s), so that one lost packet doesn't look like silence.
 LOOK_SECONDS = 1.5
@@ -101,11 +109,14 @@ def _scout(request: Mapping[str, Any]) -> dict[str, Any]:
     """Which addresses a proof would look at, and the sources that its packets would come from; sends none.
 
     :param request: ``host``, ``port`` and ``family`` as ssh would use them; ``addresses`` (packed) that the controller
-        resolves that to, none where it leaves it to this host; ``further`` addresses of the host; ``place``.
+        resolves that to, none where it leaves it to this host; ``further`` addresses of the host; ``place``; ``mode`` where
+        the gate is to be opened otherwise than by a sequence.
     :returns: ``addresses`` and ``others`` (packed), and ``sources``.
-    :raises PortknockError: no address leads from here to the host.
+    :raises PortknockError: no address leads from here to the host, or nothing here could open the gate.
     """
     place, port = request["place"], request["port"]
+    if request.get("mode") == SPA:
+        check_client(place)
     named = [Address.unpacked(item) for item in request["addresses"]] or resolve(
         request["host"], port, request["family"]
     )
@@ -134,7 +145,9 @@ def _prove_applied(request: Mapping[str, Any]) -> dict[str, Any]:
         ``source_trusted``; ``knocks``, or ``once`` instead (secret), see :func:`prove`, and ``timeout`` in seconds.
     """
     once = [parse_knocks(knocks, "once", secret=True) for knocks in request.get("once", ())]
-    return prove(_subject_of(request), parse_knocks(request["knocks"], "knocks", secret=True), once).as_result()
+    return prove(
+        _subject_of(request), parse_knocks(request["knocks"], "knocks", secret=True, protocols=SENT_PROTOCOLS), once
+    ).as_result()
 
 
 def _prove_removed(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,8 +183,19 @@ def prove(subject: Subject, knocks: Sequence[Knock], once: Sequence[Sequence[Kno
     proof = Proof()
     reached = _prove_closed(subject, frozenset(knock for sequence in (knocks, *once) for knock in sequence), proof)
     families: set[int] = set()
+    is_spa = any(knock.spa for knock in knocks)
+    if is_spa and not any(address.family == socket.AF_INET or address in subject.trusted for address in reached):
+        raise PortknockError(
+            f"knock_server_backend: expected an IPv4 address of the host that can be reached from {subject.here}, since fwknop "
+            f"has no IPv6; got {_names(reached)} only."
+        )
     for address in reached:
         if address.family in families or address in subject.trusted:
+            continue
+        if is_spa and address.family == socket.AF_INET6:
+            proof.note(
+                f"Not open on {_name(address)}, whoever asks: fwknop has no IPv6, so the gate stays closed there."
+            )
             continue
         families.add(address.family)
         ports = subject.listening["inet6" if address.family == socket.AF_INET6 else "inet"]
@@ -366,16 +390,6 @@ def is_trusted(address: str | None, trusted: Sequence[str]) -> bool:
         source.version == network.version and source in network
         for network in (ipaddress.ip_network(text, strict=False) for text in trusted)
     )
-
-
-def local_address(address: Address) -> str:
-    """The address that packets to the host leave from, empty where there is no way to it."""
-    with socket.socket(address.family, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect(address.at(9).sockaddr)
-        except OSError:
-            return ""
-        return str(sock.getsockname()[0])
 
 
 __all__ = ("QUESTIONS", "Proof", "Subject", "answer", "is_trusted", "local_address", "packed_addresses", "prove")

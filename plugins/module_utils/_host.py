@@ -110,6 +110,8 @@ class GateHost:
         self._every_service = tuple(dict.fromkeys((*SERVICES, *backend.services)))
         self._gate = self._paths["gate"]
         self.trial = Trial(root + RUN_FOLDER, run)
+        # What keeps a packaged service from running beside: in a folder of that service's own.
+        self._off = {name: path for name, path in self._paths.items() if os.path.dirname(path).endswith(".service.d")}
         # There during a trial of nothing but the gate itself.
         self._installed = self.trial.path("installed")
 
@@ -247,6 +249,8 @@ class GateHost:
         _make_private_folder(self._config)
         for name, file in self._backend.files.items():
             if name != "gate":
+                if name in self._off:
+                    _make_folder(os.path.dirname(self._paths[name]))
                 write_text(self._paths[name], wanted.texts[name], file.mode)
         # As `systemctl enable` would, but with no moment at which a boot found files and did not look after them.
         for unit in self._backend.units:
@@ -365,7 +369,7 @@ class GateHost:
 
     def _removal_command(self) -> str:
         """Shell command that removes everything on disk but the gate itself, whose removal is the moment of commitment."""
-        paths = [os.path.join(self._units, unit) for unit in self._every_unit]
+        paths = [*(os.path.join(self._units, unit) for unit in self._every_unit), *self._off.values()]
         files = " ".join(shlex.quote(path) for path in (*paths, *map(self._link, self._every_unit)))
         units = [unit for unit in self._every_unit if os.path.exists(os.path.join(self._units, unit))]
         services = [unit for unit in self._every_service if unit in units]
@@ -526,9 +530,13 @@ def _make_link(target: str, path: str) -> None:
 
 
 def _make_private_folder(path: str) -> None:
+    _make_folder(path, 0o700)
+
+
+def _make_folder(path: str, mode: int = 0o755) -> None:
     try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        os.chmod(path, 0o700)
+        os.makedirs(path, mode=mode, exist_ok=True)
+        os.chmod(path, mode)
         sync_folder(os.path.dirname(path))
     except OSError as exc:
         raise PortknockError(f"{path}: expected to be able to make it; got {exc.strerror}.") from None

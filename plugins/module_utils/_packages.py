@@ -39,15 +39,9 @@ class Outcome(NamedTuple):
     kept: tuple[str, ...]
 
 
-def uninstall(
-    backend: str,
-    packages: Sequence[str],
-    dry_run: bool,
-    run: Optional[Runner] = None,
-) -> Outcome:
+def uninstall(packages: Sequence[str], dry_run: bool, run: Optional[Runner] = None) -> Outcome:
     """Remove those of the packages that nobody else needs.
 
-    :param backend: what they were installed for.
     :raises PortknockError: neither dpkg nor rpm is there.
     """
     run = run or functools.partial(run_program, timeout=_PATIENCE_SECONDS)
@@ -55,8 +49,8 @@ def uninstall(
     installed = [name for name in packages if manager.is_installed(name)]
     removed: list[str] = []
     kept: list[str] = []
-    reason = _NEEDS[backend](run, dry_run) if installed else None
     for name in installed:
+        reason = _NEEDS[name](run, dry_run) if name in _NEEDS else None
         problem = reason or manager.remove(name, dry_run)
         if problem is None:
             removed.append(name)
@@ -145,6 +139,7 @@ def _nftables_is_needed(run: Runner, dry_run: bool) -> Optional[str]:
     return None
 
 
+# By the package's name.
 _NEEDS: Mapping[str, Callable[[Runner, bool], Optional[str]]] = {"nftables": _nftables_is_needed}
 
 __all__ = ("Dpkg", "Outcome", "Rpm", "uninstall")

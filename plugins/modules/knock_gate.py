@@ -42,7 +42,7 @@ options:
   backend:
     description: What enforces the gate.
     type: str
-    choices: [nftables]
+    choices: [knockd, nftables]
     default: nftables
   settings:
     description:

@@ -28,11 +28,6 @@ attributes:
   async:
     support: full
 options:
-  backend:
-    description: What the packages were installed for.
-    type: str
-    choices: [nftables]
-    default: nftables
   packages:
     description: Names of the packages.
     type: list
@@ -73,7 +68,6 @@ kept:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import check_packages
 from ansible_collections.fleet.portknock.plugins.module_utils._packages import uninstall
@@ -82,14 +76,13 @@ from ansible_collections.fleet.portknock.plugins.module_utils._packages import u
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "backend": {"type": "str", "choices": sorted(BACK_ENDS), "default": "nftables"},
             "packages": {"type": "list", "elements": "str", "required": True},
         },
         supports_check_mode=True,
     )
     try:
         packages = check_packages(module.params["packages"])
-        outcome = uninstall(module.params["backend"], packages, module.check_mode)
+        outcome = uninstall(packages, module.check_mode)
     except PortknockError as exc:
         module.fail_json(msg=str(exc))
     for sentence in outcome.kept:

@@ -19,6 +19,7 @@ if [ ! -e "$folder/gate.rules" ] && [ ! -e /run/fleet-portknock/trial ]; then
         systemctl --quiet disable "$name"
         rm -f "$unit"
     done
+    rm -f "$units"/*.service.d/fleet-portknock.conf
     rm -rf "$folder"
     systemctl --no-block daemon-reload
     exit 0

@@ -56,7 +56,8 @@ def read_kernel() -> Kernel:
     armed = {_minor(element) for element in _elements("set", "armed")}
     # With a quota where a rule has written it, bare where a daemon's command has.
     burnt = {
-        _minor(element["elem"]["val"] if isinstance(element, dict) else element) for element in _elements("set", "burnt")
+        _minor(element["elem"]["val"] if isinstance(element, dict) else element)
+        for element in _elements("set", "burnt")
     }
     known: dict[int, list[int]] = {}
     for identity in sorted(owner):

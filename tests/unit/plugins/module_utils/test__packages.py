@@ -56,31 +56,31 @@ class Host:
 
 def test_goes_with_its_configuration() -> None:
     host = Host({**DPKG, **IDLE})
-    assert uninstall("nftables", ["nftables"], False, host) == (("nftables",), ("nftables",), ())
+    assert uninstall(["nftables"], False, host) == (("nftables",), ("nftables",), ())
     assert host.removals == ["env DEBIAN_FRONTEND=noninteractive dpkg --purge -- nftables"]
     assert "11112222333344445555666677778888  /etc/nftables.conf\n" in host.read
 
 
 def test_changed_configuration_stays() -> None:
     host = Host({**DPKG, **IDLE, "md5sum --check": Completed(1, "", "")})
-    assert uninstall("nftables", ["nftables"], False, host).removed == ("nftables",)
+    assert uninstall(["nftables"], False, host).removed == ("nftables",)
     assert host.removals == ["env DEBIAN_FRONTEND=noninteractive dpkg --remove -- nftables"]
 
 
 def test_a_check_removes_nothing() -> None:
     own = Completed(0, "table inet fleet_portknock\n", "")
     host = Host({**DPKG, **IDLE, "nft list tables": own})
-    assert uninstall("nftables", ["nftables"], True, host).removed == ("nftables",)
+    assert uninstall(["nftables"], True, host).removed == ("nftables",)
     assert host.removals == []
     # Outside of a check the gate would still be needed.
-    assert uninstall("nftables", ["nftables"], False, host).removed == ()
+    assert uninstall(["nftables"], False, host).removed == ()
 
 
 @pytest.mark.parametrize("status", ["config-files", "not-installed", ""])
 def test_gone_already(status: str) -> None:
     known = "dpkg-query --show --showformat=${db:Status-Status}"
     host = Host({**DPKG, known: Completed(0 if status else 1, status, "")})
-    assert uninstall("nftables", ["nftables"], False, host) == (("nftables",), (), ())
+    assert uninstall(["nftables"], False, host) == (("nftables",), (), ())
 
 
 @pytest.mark.parametrize(
@@ -119,25 +119,32 @@ def test_gone_already(status: str) -> None:
 )
 def test_stays(answers: Mapping[str, Completed], reason: str) -> None:
     host = Host({**DPKG, **IDLE, **answers})
-    outcome = uninstall("nftables", ["nftables"], False, host)
+    outcome = uninstall(["nftables"], False, host)
     assert outcome == ((), (), (f"The package nftables stays: {reason}.",))
     assert host.removals == [] or "env DEBIAN_FRONTEND=noninteractive dpkg" in answers
 
 
+def test_what_keeps_nftables_keeps_no_other_package() -> None:
+    active = {"systemctl is-active nftables": Completed(0, "active\n", "")}
+    outcome = uninstall(["nftables", "knockd"], False, Host({**DPKG, **IDLE, **active}))
+    assert outcome.removed == ("knockd",)
+    assert outcome.kept == ("The package nftables stays: nftables.service is active.",)
+
+
 def test_nft_that_is_gone_needs_no_package() -> None:
     host = Host({**DPKG, **IDLE, "nft list tables": Completed(127, "", "")})
-    assert uninstall("nftables", ["nftables"], False, host).removed == ("nftables",)
+    assert uninstall(["nftables"], False, host).removed == ("nftables",)
 
 
 def test_rpm() -> None:
     host = Host({**RPM, **IDLE})
-    assert uninstall("nftables", ["nftables"], False, host).removed == ("nftables",)
+    assert uninstall(["nftables"], False, host).removed == ("nftables",)
     assert host.removals == ["rpm --erase -- nftables"]
     needed = Completed(
         1, "", "error: Failed dependencies:\n\tnftables is needed by (installed) firewalld-2.0-1.noarch\n"
     )
     host = Host({**RPM, **IDLE, "rpm --erase --test": needed})
-    assert uninstall("nftables", ["nftables"], False, host).kept == (
+    assert uninstall(["nftables"], False, host).kept == (
         "The package nftables stays: firewalld-2.0-1.noarch would not work without it.",
     )
     assert host.removals == []
@@ -145,4 +152,4 @@ def test_rpm() -> None:
 
 def test_no_package_manager() -> None:
     with pytest.raises(PortknockError, match=r"\Aknock_server_remove_packages: expected dpkg or rpm on the host; "):
-        uninstall("nftables", ["nftables"], False, Host(IDLE))
+        uninstall(["nftables"], False, Host(IDLE))

@@ -48,7 +48,7 @@ class Subject:
     ``addresses`` lead to the host and must be reachable; ``others`` are further addresses of the host, looked at where
     they can be reached; ``trusted`` are those of both that packets from here reach from a trusted source. ``listening``
     are the protected tcp ports that a service waits on, by family, the ssh port first. ``place`` names the host that
-    looks, empty for the controller.
+    looks, empty for the controller. ``without_ipv6`` says why IPv6 stays closed whoever knocks, empty where it does not.
     """
 
     addresses: Sequence[Address]
@@ -60,6 +60,7 @@ class Subject:
     trusted: frozenset[Address]
     timeout: float
     place: str = ""
+    without_ipv6: str = ""
 
     @property
     def here(self) -> str:
@@ -131,7 +132,8 @@ def _prove_applied(request: Mapping[str, Any]) -> dict[str, Any]:
 
     :param request: ``addresses`` and ``others`` as the scout gave them; ``place``; of the gate ``protected``
         (port/protocol), ``closed_response`` and ``trusted`` (CIDRs); of its host ``ports_in_use``, ``listeners`` and
-        ``source_trusted``; ``knocks``, or ``once`` instead (secret), see :func:`prove`, and ``timeout`` in seconds.
+        ``source_trusted``; ``knocks``, or ``once`` instead (secret), see :func:`prove`, ``timeout`` in seconds, and
+        ``without_ipv6`` where IPv6 stays closed.
     """
     once = [parse_knocks(knocks, "once", secret=True) for knocks in request.get("once", ())]
     return prove(_subject_of(request), parse_knocks(request["knocks"], "knocks", secret=True), once).as_result()
@@ -170,8 +172,17 @@ def prove(subject: Subject, knocks: Sequence[Knock], once: Sequence[Sequence[Kno
     proof = Proof()
     reached = _prove_closed(subject, frozenset(knock for sequence in (knocks, *once) for knock in sequence), proof)
     families: set[int] = set()
+    closed = [one for one in reached if subject.without_ipv6 and one.family == socket.AF_INET6]
+    if reached == closed and not subject.trusted.issuperset(closed):
+        raise PortknockError(
+            f"knock_server_backend: expected an IPv4 address of the host that can be reached from {subject.here}, since "
+            f"{subject.without_ipv6}; got {_names(reached)} only."
+        )
     for address in reached:
         if address.family in families or address in subject.trusted:
+            continue
+        if address in closed:
+            proof.note(f"Not open on {_name(address)}, whoever knocks: {subject.without_ipv6}.")
             continue
         families.add(address.family)
         ports = subject.listening["inet6" if address.family == socket.AF_INET6 else "inet"]
@@ -206,6 +217,7 @@ def _subject_of(request: Mapping[str, Any]) -> Subject:
         ),
         timeout=request["timeout"],
         place=request["place"],
+        without_ipv6=request.get("without_ipv6", ""),
     )
 
 

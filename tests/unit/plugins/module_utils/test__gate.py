@@ -162,6 +162,7 @@ def test_the_model_is_plain_and_repeats_itself() -> None:
         *(
             "audit_days",
             "closed_response",
+            "counts",
             "doors",
             "guard",
             "look_tcp",

@@ -189,7 +189,8 @@ def build_model(
     :param operators: what opens, by operator.
     :param avoid: ports that are in use on the host: neither a tripwire nor a stand-in is made of them.
     :param probe: what the host can do: ``socket_wildcard`` (nft and kernel can tell a listening socket from another),
-        ``clock`` (its rules can ask for the time), ``one_time`` (they can use a sequence up).
+        ``clock`` (its rules can ask for the time), ``one_time`` (they can use a sequence up), ``counts`` (a command can
+        write how often a source has opened).
     :param opener: what watches for knocks, see the back end's abilities.
     :raises PortknockError: sequences that can't be told apart, or that hold a protected port; an operator who expires on a host
         whose rules can't, or one-time sequences where nothing uses one up.
@@ -269,6 +270,7 @@ def build_model(
         "served_udp": [knock.port for knock in settings.served if knock.proto == "udp"] + [SPA_PORT] * is_spa,
         "begin_timeout": BEGIN_TIMEOUT,
         "socket_wildcard": probe.get("socket_wildcard") is True,
+        "counts": probe.get("counts") is not False,
         **({"spa": _spa(settings, operators)} if is_spa else {}),
     }
 

@@ -319,6 +319,7 @@ class GateHost:
             if text is None:
                 gone = " ".join(shlex.quote(each) for each in (path, *self._beside(name)))
                 commands.append(f"{{ [ ! -e {target} ] || {{ rm -f {gone} && restored=yes; }}; }}")
+                commands += [_rmdir_command(path)] if name in self._off else []
             else:
                 texts[f"former.{name}"] = text
                 commands.append(f"{{ cmp -s {kept} {target} || {{ cp {kept} {target} && restored=yes; }}; }}")
@@ -364,6 +365,7 @@ class GateHost:
             files += map(self._link, units)
         if files:
             commands.append(f"rm -f {' '.join(map(shlex.quote, files))}")
+        commands += [_rmdir_command(self._off[name]) for name in names if name in self._off]
         if units:
             commands.append("{ systemctl daemon-reload || :; }")
         return " && ".join(commands) or ":"
@@ -384,7 +386,8 @@ class GateHost:
         stop = f"systemctl stop {' '.join(services or self._backend.services)}"
         return (
             f"{{ {stop} || {stop}; }}; systemctl --quiet disable {' '.join(units or self._backend.units)}; "
-            f"rm -f {files} && rm -rf {shlex.quote(self._config)} && systemctl daemon-reload"
+            f"rm -f {files} && {' && '.join([*map(_rmdir_command, self._off.values()), 'rm -rf'])} {shlex.quote(self._config)}"
+            " && systemctl daemon-reload"
         )
 
     def _way_back(self, found: Found, closed: Optional[str]) -> str:
@@ -523,6 +526,11 @@ def _is_private(*paths: str) -> bool:
         if status.st_mode & 0o077 or status.st_uid != os.geteuid():
             return False
     return True
+
+
+def _rmdir_command(path: str) -> str:
+    """Shell command that takes away the folder of a file that is gone, unless somebody else has another one there."""
+    return f"{{ rmdir {shlex.quote(os.path.dirname(path))} 2>/dev/null || :; }}"
 
 
 def _make_link(target: str, path: str) -> None:

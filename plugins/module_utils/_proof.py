@@ -56,7 +56,7 @@ class Subject:
     ``addresses`` lead to the host and must be reachable; ``others`` are further addresses of the host, looked at where
     they can be reached; ``trusted`` are those of both that packets from here reach from a trusted source. ``listening``
     are the protected tcp ports that a service waits on, by family, the ssh port first. ``place`` names the host that
-    looks, empty for the controller.
+    looks, empty for the controller. ``without_ipv6`` says why IPv6 stays closed whoever knocks, empty where it does not.
     """
 
     addresses: Sequence[Address]
@@ -68,6 +68,7 @@ class Subject:
     trusted: frozenset[Address]
     timeout: float
     place: str = ""
+    without_ipv6: str = ""
 
     @property
     def here(self) -> str:
@@ -142,7 +143,8 @@ def _prove_applied(request: Mapping[str, Any]) -> dict[str, Any]:
 
     :param request: ``addresses`` and ``others`` as the scout gave them; ``place``; of the gate ``protected``
         (port/protocol), ``closed_response`` and ``trusted`` (CIDRs); of its host ``ports_in_use``, ``listeners`` and
-        ``source_trusted``; ``knocks``, or ``once`` instead (secret), see :func:`prove`, and ``timeout`` in seconds.
+        ``source_trusted``; ``knocks``, or ``once`` instead (secret), see :func:`prove`, ``timeout`` in seconds, and
+        ``without_ipv6`` where IPv6 stays closed.
     """
     once = [parse_knocks(knocks, "once", secret=True) for knocks in request.get("once", ())]
     return prove(
@@ -183,19 +185,17 @@ def prove(subject: Subject, knocks: Sequence[Knock], once: Sequence[Sequence[Kno
     proof = Proof()
     reached = _prove_closed(subject, frozenset(knock for sequence in (knocks, *once) for knock in sequence), proof)
     families: set[int] = set()
-    is_spa = any(knock.spa for knock in knocks)
-    if is_spa and not any(address.family == socket.AF_INET or address in subject.trusted for address in reached):
+    closed = [one for one in reached if subject.without_ipv6 and one.family == socket.AF_INET6]
+    if reached == closed and not subject.trusted.issuperset(closed):
         raise PortknockError(
-            f"knock_server_backend: expected an IPv4 address of the host that can be reached from {subject.here}, since fwknop "
-            f"has no IPv6; got {_names(reached)} only."
+            f"knock_server_backend: expected an IPv4 address of the host that can be reached from {subject.here}, since "
+            f"{subject.without_ipv6}; got {_names(reached)} only."
         )
     for address in reached:
         if address.family in families or address in subject.trusted:
             continue
-        if is_spa and address.family == socket.AF_INET6:
-            proof.note(
-                f"Not open on {_name(address)}, whoever asks: fwknop has no IPv6, so the gate stays closed there."
-            )
+        if address in closed:
+            proof.note(f"Not open on {_name(address)}, whoever knocks: {subject.without_ipv6}.")
             continue
         families.add(address.family)
         ports = subject.listening["inet6" if address.family == socket.AF_INET6 else "inet"]
@@ -230,6 +230,7 @@ def _subject_of(request: Mapping[str, Any]) -> Subject:
         ),
         timeout=request["timeout"],
         place=request["place"],
+        without_ipv6=request.get("without_ipv6", ""),
     )
 
 

@@ -19,7 +19,10 @@ if [ ! -e "$folder/gate.rules" ] && [ ! -e /run/fleet-portknock/trial ]; then
         systemctl --quiet disable "$name"
         rm -f "$unit"
     done
-    rm -f "$units"/*.service.d/fleet-portknock.conf
+    for off in "$units"/*.service.d/fleet-portknock.conf; do
+        rm -f "$off"
+        rmdir "${off%/*}" 2>/dev/null
+    done
     rm -rf "$folder"
     systemctl --no-block daemon-reload
     exit 0

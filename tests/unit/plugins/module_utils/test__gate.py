@@ -199,6 +199,7 @@ def test_the_model_is_plain_and_repeats_itself() -> None:
             "audit_days",
             "close",
             "closed_response",
+            "counts",
             "doors",
             "guard",
             "input_policy",

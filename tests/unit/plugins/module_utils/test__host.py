@@ -634,6 +634,7 @@ class OpenedByDaemon(FileBackend):
         "opener": HostFile("opener", f"{CONFIG_FOLDER}/opener.py", 0o700),
         "opener_conf": HostFile("opener_conf", f"{CONFIG_FOLDER}/opener.conf", 0o600),
         "opener_unit": HostFile("opener_unit", f"{UNIT_FOLDER}/{OPENER}", 0o644),
+        "off": HostFile("off", f"{UNIT_FOLDER}/packaged.service.d/fleet-portknock.conf", 0o644),
         "gate": FileBackend.files["gate"],
     }
     units = (UNIT, SERVICE, OPENER)
@@ -653,7 +654,7 @@ class OfAnotherKernel(FileBackend):
 
 
 BACKENDS = (FileBackend, OpenedByDaemon, OfAnotherKernel)
-MORE = {"opener": "program\n", "opener_conf": "secret\n", "opener_unit": "opener\n"}
+MORE = {"opener": "program\n", "opener_conf": "secret\n", "opener_unit": "opener\n", "off": "not this one\n"}
 
 
 class Switch:
@@ -719,11 +720,12 @@ def test_another_back_end_takes_the_gate_over(
     assert (other != "") == (later is OfAnotherKernel)
     assert (str(tmp_path / "kernel") in found) == (later is not OfAnotherKernel)
     assert running == set(later.services)
+    assert len(list(tmp_path.rglob("*.service.d"))) == (later is OpenedByDaemon)
 
 
 @switches
 def test_a_change_of_the_back_end_goes_back(
-    switch: Switch, former: type[FileBackend], later: type[FileBackend]
+    switch: Switch, tmp_path: Path, former: type[FileBackend], later: type[FileBackend]
 ) -> None:
     host = switch.host(former)
     apply(host, switch.wanted(former))
@@ -734,6 +736,7 @@ def test_a_change_of_the_back_end_goes_back(
     assert switch.state() != before
     host.trial.restore("aa")
     assert switch.state() == before
+    assert len(list(tmp_path.rglob("*.service.d"))) == (former is OpenedByDaemon)
 
 
 @switches
@@ -811,3 +814,4 @@ def test_whoever_is_asked_takes_another_s_gate_away(switch: Switch, tmp_path: Pa
         asked.take_away(asked.inspect(), "bb", 3600)
         asked.confirm_away("bb")
     assert switch.state() == ({}, "", frozenset())
+    assert list(tmp_path.rglob("*.service.d")) == []

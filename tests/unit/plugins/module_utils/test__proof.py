@@ -151,6 +151,20 @@ def test_who_is_trusted(network: Network) -> None:
     assert len(network.knocked) == 1
 
 
+def test_a_daemon_without_ipv6(network: Network) -> None:
+    """It is to be closed there, and told; where there is nothing else, nobody would get in."""
+    both = {"addresses": [["inet6", "::1", SSH], ["inet", HOST, SSH]], "without_ipv6": "this knockd has no IPv6"}
+    answer = ask("prove", request(**both))
+    assert [one["address"] for one in answer["closed"]] == ["::1", HOST]
+    assert [one["address"] for one in answer["opened"]] == [HOST]
+    assert answer["notes"] == ["Not open on ::1, whoever knocks: this knockd has no IPv6."]
+    answer = ask("prove", request(**{**both, "addresses": both["addresses"][:1]}))
+    assert answer["problem"] == (
+        "knock_server_backend: expected an IPv4 address of the host that can be reached from eye, since this knockd has no "
+        "IPv6; got ::1 only."
+    )
+
+
 def test_nothing_is_reached(network: Network) -> None:
     network.otherwise = Probe("unreachable", "EHOSTUNREACH")
     two = [["inet", HOST, SSH], ["inet", OTHER, SSH]]

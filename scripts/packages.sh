@@ -25,7 +25,8 @@ need_asleep() {
 
 need python3 python3 ip iproute2 ssh openssh-client setsid util-linux ps procps
 if [ "${1:-demo}" = test ]; then
-    need git git rsync rsync nft nftables nmap nmap ncat ncat tcpdump tcpdump conntrack conntrack shellcheck shellcheck
+    need git git rsync rsync nft nftables nmap nmap ncat ncat tcpdump tcpdump conntrack conntrack shellcheck shellcheck iptables iptables \
+        ipset ipset
     need_asleep sshd openssh-server ssh.service ssh.socket
     need_asleep knockd knockd knockd.service
 fi

@@ -134,6 +134,8 @@ class ActionModule(ConfirmedAction):
         sequences = [asking_for(knocks, connection.spa_source) for knocks in sequences]
         for warning in guard_warnings(settings, len(sequences[0]), BACK_ENDS[self._backend()].opener):
             display.warning(warning)
+        for note in found["backend"].get("notes", ()):
+            display.warning(f"{host}: {note}")
         payload: dict[str, Any] = {
             "run": self._run_id,
             "seconds": self._seconds(),
@@ -499,6 +501,12 @@ class ActionModule(ConfirmedAction):
             raise PortknockError(
                 f"knock_server_one_time: expected a back end that can use a sequence up ({', '.join(able)}); got "
                 f"{self._backend()}."
+            )
+        able = sorted(name for name, abilities in BACK_ENDS.items() if abilities.single_use)
+        if settings.single_use and self._backend() not in able:
+            raise PortknockError(
+                "knock_server_single_use: expected a back end whose windows can let one connection through "
+                f"({', '.join(able)}); got {self._backend()}."
             )
         able = sorted(name for name, abilities in BACK_ENDS.items() if abilities.close_sequence)
         if settings.close_sequence and self._backend() not in able:

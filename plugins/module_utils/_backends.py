@@ -40,7 +40,8 @@ class Abilities(NamedTuple):
 
     ``opener`` is what watches for knocks: ``kernel`` where the gate's own rules do. ``one_time`` says whether it can use a
     sequence up, ``protocols`` what knocks it sees, ``close_sequence`` whether another sequence can shut a window,
-    ``input_policy`` whether it can close all other ports, ``mode`` what opens it: a sequence, or one packet.
+    ``input_policy`` whether it can close all other ports, ``mode`` what opens it: a sequence, or one packet, ``single_use``
+    whether a window can let one connection through.
     """
 
     opener: str
@@ -49,21 +50,29 @@ class Abilities(NamedTuple):
     close_sequence: bool = False
     input_policy: bool = False
     mode: str = SEQUENCE
+    single_use: bool = True
 
 
 BACK_ENDS: Mapping[str, Abilities] = {
     "nftables": Abilities("kernel", one_time=True, protocols=("tcp", "udp"), close_sequence=True, input_policy=True),
     "knockd": Abilities("knockd", one_time=True, protocols=("tcp", "udp"), input_policy=True),
     "fwknop": Abilities("fwknop", one_time=False, protocols=("tcp", "udp"), input_policy=True, mode=SPA),
+    "iptables": Abilities("iptables", one_time=False, protocols=("tcp", "udp"), close_sequence=True, single_use=False),
 }
 # In the order in which they are written. The gate comes last: it alone is what a reboot brings back, and it has the same path
 # whatever enforces it, so that a change of the back end has one moment, too. A key means the same file to all who have it.
 FILES: Mapping[str, HostFile] = {
     "closed": HostFile("nftables/closed.nft.j2", f"{CONFIG_FOLDER}/closed.nft", 0o600),
+    "closed_rules": HostFile("iptables/closed.rules.j2", f"{CONFIG_FOLDER}/closed.rules", 0o600),
     "load": HostFile("common/load.sh", f"{CONFIG_FOLDER}/load.sh", 0o700),
+    # Lists of xt_recent hold as many sources as the kernel's module is told when it is loaded.
+    "recent_limit": HostFile("iptables/modprobe.conf.j2", "/etc/modprobe.d/fleet-portknock.conf", 0o644),
     "watch": HostFile("nftables/watch.py", f"{CONFIG_FOLDER}/watch.py", 0o700),
     "stock": HostFile("nftables/stock.py", f"{CONFIG_FOLDER}/stock.py", 0o700),
     "unit": HostFile("common/fleet-portknock.service.j2", f"{UNIT_FOLDER}/fleet-portknock.service", 0o644),
+    "sets_unit": HostFile(
+        "iptables/fleet-portknock-sets.service.j2", f"{UNIT_FOLDER}/fleet-portknock-sets.service", 0o644
+    ),
     "watch_unit": HostFile(
         "common/fleet-portknock-watch.service.j2", f"{UNIT_FOLDER}/fleet-portknock-watch.service", 0o644
     ),
@@ -84,8 +93,8 @@ FILES: Mapping[str, HostFile] = {
     "gate": HostFile("nftables/gate.nft.j2", f"{CONFIG_FOLDER}/gate.rules", 0o600),
 }
 # The units that boot starts, and those of them that go on running.
-UNITS = ("fleet-portknock.service", "fleet-portknock-watch.service", "fleet-portknock-opener.service")
-SERVICES = UNITS[1:]
+SERVICES = ("fleet-portknock-watch.service", "fleet-portknock-opener.service")
+UNITS = ("fleet-portknock.service", "fleet-portknock-sets.service", *SERVICES)
 # The unit that the opener of a gate on trial runs as: nothing of it is on disk.
 OPENER_ON_TRIAL = "fleet-portknock-opener-trial.service"
 
@@ -123,6 +132,9 @@ class BackEnd(Protocol):
 
         :raises PortknockError: something that the gate can't do without is refused.
         """
+
+    def notes(self, capabilities: Mapping[str, bool]) -> list[str]:
+        """What the user has to know of what this host can't do, in sentences."""
 
     def check(self, texts: Mapping[str, str]) -> None:
         """Let the host's own checker read the texts, without loading them.
@@ -245,6 +257,10 @@ def back_end(name: str, run: Runner = run_program) -> BackEnd:
         from ansible_collections.fleet.portknock.plugins.module_utils._backend_knockd import Knockd
 
         return Knockd(run)
+    if name == "iptables":
+        from ansible_collections.fleet.portknock.plugins.module_utils._backend_iptables import Iptables
+
+        return Iptables(run)
     from ansible_collections.fleet.portknock.plugins.module_utils._backend_nftables import Nftables
 
     return Nftables(run)

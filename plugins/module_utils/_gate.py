@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import ipaddress
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -56,6 +57,7 @@ _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 _NOTHING = "0:0"
 _AGAIN = "3:0"
 _HIGHEST_STATE = 0xFFFF
+_LAST_SECOND = 2145916799
 
 # knockd's own bounds: knocks in a sequence, and in all of them together. Of more it makes a packet filter that the kernel does
 # not take, and takes seconds and hundreds of megabytes to make it.
@@ -202,6 +204,11 @@ def build_model(
                 f"{_OPTION}valid_until: expected a host whose nft and kernel can compare the time in a rule (meta time); "
                 f"this one's can't, so it would never shut out {', '.join(expiring)}."
             )
+    if settings.guard == "tripwires" and probe.get("ipset") is False:
+        raise PortknockError(
+            f"{_OPTION}guard: expected strict or loose on a host whose iptables has no sets (the program ipset, and a kernel "
+            "with ip_set and xt_set); got tripwires, which are thousands of ports."
+        )
     is_spa = any(knocks[0].spa for operator in operators.values() for knocks in operator.sequences if knocks)
     steps = [] if is_spa else _automaton(settings, operators)
     if any(operator.one_time for operator in operators.values()) and probe.get("one_time") is not True:
@@ -272,6 +279,7 @@ def build_model(
         "socket_wildcard": probe.get("socket_wildcard") is True,
         "counts": probe.get("counts") is not False,
         **({"spa": _spa(settings, operators)} if is_spa else {}),
+        **(_for_iptables(operators, steps, probe) if opener == "iptables" else {}),
     }
 
 
@@ -518,6 +526,36 @@ def _doors(settings: GateSettings, operators: Mapping[str, Honoured]) -> list[di
         }
         for number, identity, knocks in (*reusable, *once)
     ]
+
+
+def _for_iptables(
+    operators: Mapping[str, Honoured], steps: Iterable[Mapping[str, object]], probe: Mapping[str, object]
+) -> dict[str, object]:
+    """What rules of iptables need besides: what the host can do, the states on the way, and when operators may knock."""
+    return {
+        "probe": {name: value is True for name, value in sorted(probe.items())},
+        "states": _states(steps),
+        "times": {
+            f"{operator.number:x}": {"begins": _utc(operator.valid_from), "ends": _utc(operator.valid_until - 1)}
+            for operator in operators.values()
+            if operator.valid_until is not None
+        },
+    }
+
+
+def _states(steps: Iterable[Mapping[str, object]]) -> list[dict[str, object]]:
+    """The states on the way, each with the one that it comes after (None behind a first knock)."""
+    after: dict[str, Optional[str]] = {}
+    for step in steps:
+        state, follows = str(step["state"]), str(step["next"])
+        if follows.startswith("1:") and state != follows:
+            after[follows[2:]] = None if state == _NOTHING else f"s{state[2:]}"
+    return [{"number": number, "name": f"s{number}", "after": former} for number, former in after.items()]
+
+
+def _utc(seconds: int) -> str:
+    """A time as xt_time takes it, which ends with the year 2037."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(max(0, min(seconds, _LAST_SECOND))))
 
 
 def _stand_ins(seed: bytes, barred: AbstractSet[int]) -> list[int]:

@@ -249,7 +249,7 @@ class GateHost:
         _make_private_folder(self._config)
         for name, file in self._backend.files.items():
             if name != "gate":
-                if name in self._off:
+                if not os.path.isdir(os.path.dirname(self._paths[name])):
                     _make_folder(os.path.dirname(self._paths[name]))
                 write_text(self._paths[name], wanted.texts[name], file.mode)
         # As `systemctl enable` would, but with no moment at which a boot found files and did not look after them.

@@ -14,6 +14,7 @@ import re
 from typing import Callable, Mapping, NamedTuple, Optional, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._iptables import CHAIN, SET
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import TABLE
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Completed, Runner
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
@@ -139,7 +140,32 @@ def _nftables_is_needed(run: Runner, dry_run: bool) -> Optional[str]:
     return None
 
 
+def _iptables_is_needed(run: Runner, dry_run: bool) -> Optional[str]:
+    """Why iptables must stay: rules of others, which some program of theirs keeps."""
+    for program in ("iptables-save", "ip6tables-save"):
+        saved = run([program], None)
+        if saved.code == _NOT_INSTALLED:
+            continue
+        if saved.code != 0:
+            return f"{program} does not say whether there are other rules (exit code {saved.code})"
+        lines = saved.stdout.splitlines()
+        others = [
+            line for line in lines if line.startswith("-A ") and not re.search(rf"^-A {CHAIN}|-[jg] {CHAIN}", line)
+        ]
+        # A check finds the gate where it still is; so does a policy that is not the kernel's own.
+        if others or any(re.match(r":[A-Z]+ DROP ", line) for line in lines):
+            return f"{program} lists rules of others, which may need it"
+    sets = run(["ipset", "list", "-name"], None)
+    if sets.code == 0 and any(not name.startswith(SET) for name in sets.stdout.split()):
+        return "the kernel has sets of others, which may need it"
+    return None
+
+
 # By the package's name.
-_NEEDS: Mapping[str, Callable[[Runner, bool], Optional[str]]] = {"nftables": _nftables_is_needed}
+_NEEDS: Mapping[str, Callable[[Runner, bool], Optional[str]]] = {
+    "nftables": _nftables_is_needed,
+    "iptables": _iptables_is_needed,
+    "ipset": _iptables_is_needed,
+}
 
 __all__ = ("Dpkg", "Outcome", "Rpm", "uninstall")

@@ -28,7 +28,7 @@ options:
   backend:
     description: The back end to look for.
     type: str
-    choices: [knockd, nftables]
+    choices: [fwknop, iptables, knockd, nftables]
     default: nftables
 seealso:
   - module: fleet.portknock.knock_gate
@@ -153,6 +153,10 @@ backend:
     capabilities:
       description: Which of the optional ways the host can go.
       type: dict
+    notes:
+      description: What the user has to know of what the back end can't do here, in sentences.
+      type: list
+      elements: str
     problem:
       description: Why the back end can't work here; V(null) where it can or where it is not installed yet.
       type: str

@@ -11,7 +11,8 @@ version_added: 0.1.0
 description:
   - For use after the gate was taken away, with the packages that the keyring noted when they were installed.
   - A package stays where another one depends on it, and C(nftables) also where the kernel has any other table, or where
-    C(nftables.service) is active or enabled, since stopping that service flushes everybody's rules. A warning says why.
+    C(nftables.service) is active or enabled, since stopping that service flushes everybody's rules. C(iptables) and C(ipset)
+    stay where the kernel has anybody else's rules or sets. A warning says why.
   - Uses C(dpkg) or C(rpm), which take no dependent package along. Debian's configuration files go with the package unless
     somebody has changed them. What was installed with it as a dependency is left to the package manager's autoremove.
 author:

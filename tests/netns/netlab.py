@@ -224,6 +224,8 @@ class Wire:
 class Lab:
     """The host, the client and what a test does with them."""
 
+    TEMPLATES = "nftables/{}.nft.j2"
+
     def __init__(self, client: Optional[Namespace] = None) -> None:
         """:param client: stands outside in place of a namespace of the lab's own, and is removed with it."""
         self.host = Namespace("h")
@@ -315,7 +317,7 @@ class Lab:
             operators[name] = operators[name]._replace(close=several)
         probe = probe or {"socket_wildcard": True, "one_time": True}
         model = build_model(settings, operators, SEED, avoid, probe, opener)
-        return self.rendered(f"nftables/{template}.nft.j2", model), model
+        return self.rendered(self.TEMPLATES.format(template), model), model
 
     def rendered(self, template: str, model: Mapping[str, Any]) -> str:
         """Any of the role's templates."""
@@ -343,6 +345,10 @@ class Lab:
             check=False,
         )
         return read_listing(done.stdout) if done.returncode == 0 else None
+
+    def close_windows(self) -> None:
+        """End every open window."""
+        self.host.nft("".join(f"flush set inet {TABLE} {name}\n" for name in ("open4", "open6", "open_ll6")))
 
     def elements(self, name: str) -> list[str]:
         """The elements of a set or map, as text without their timeouts."""

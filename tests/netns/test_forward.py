@@ -24,9 +24,8 @@ table inet docker {{
 """
 
 
-@pytest.fixture
-def docker(lab: Lab) -> Lab:
-    """The host with a container behind it that publishes its ssh port as 2222 and as 8080."""
+def put_container(lab: Lab) -> None:
+    """A container behind the host, which forwards."""
     container = lab.namespace("b")
     lab.link("h1", "b0", container)
     for address, net, gateway in ((CONTAINER4, 24, "198.51.100.1"), (CONTAINER6, 64, "2001:db8:c::1")):
@@ -37,6 +36,12 @@ def docker(lab: Lab) -> Lab:
         lab.client.ip(family, "route", "add", "default", "via", HOST6 if ":" in gateway else HOST4)
     lab.host.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
     lab.serve(SSH, where=container)
+
+
+@pytest.fixture
+def docker(lab: Lab) -> Lab:
+    """The host with a container behind it that publishes its ssh port as 2222 and as 8080."""
+    put_container(lab)
     lab.host.nft(DOCKER)
     return lab
 
@@ -75,7 +80,7 @@ def test_a_published_port_is_gated_by_name(docker: Lab, source: str, container: 
     sport = docker.source_port()
     state, session = docker.connect(source, PUBLISHED, sport=sport)
     assert (state, docker.look(source)) == ("open", "open")
-    docker.host.nft("flush set inet fleet_portknock open4\nflush set inet fleet_portknock open6\n")
+    docker.close_windows()
     assert docker.look(source, PUBLISHED) == closed
     session.send(b"hello")
     assert session.recv(100) == b"hello", "the session lives on"

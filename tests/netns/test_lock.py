@@ -28,10 +28,6 @@ PROBES = [
 SOURCES = (CLIENT4, CLIENT6)
 
 
-def _close_windows(lab: Lab) -> None:
-    lab.host.nft("".join(f"flush set inet fleet_portknock {name}\n" for name in ("open4", "open6", "open_ll6")))
-
-
 def _is_syn_ack(packet: Packet) -> bool:
     return TCP in packet and str(packet[TCP].flags) == "SA"
 
@@ -91,7 +87,7 @@ def test_untracked_packets(lab: Lab, probe: dict[str, object]) -> None:
         lab.knock(source)
         state, session = lab.connect(source)
         assert (state, lab.ask(source)) == ("open", "answered")
-        _close_windows(lab)
+        lab.close_windows()
         session.send(b"hello")
         assert session.recv(100) == b"hello"
         assert (lab.look(source), lab.ask(source)) == ("reset", "refused")
@@ -160,14 +156,14 @@ def test_the_same_flow_after_the_window(lab: Lab, source: str) -> None:
     ports = [lab.source_port() for _ in range(4)]
     syns = [network(source, host) / TCP(sport=port, dport=SSH, flags="S", seq=1000) for port in ports]
     assert _syn_acks(lab, syns) == 4
-    _close_windows(lab)
+    lab.close_windows()
     assert _syn_acks(lab, syns) == 0
     again = [network(source, host) / TCP(sport=port, dport=SSH, flags="S", seq=9000) for port in ports]
     assert _syn_acks(lab, again) == 0
     sport = lab.source_port()
     lab.knock(source)
     _, session = lab.connect(source, sport=sport)
-    _close_windows(lab)
+    lab.close_windows()
     assert _syn_acks(lab, [network(source, host) / TCP(sport=sport, dport=SSH, flags="S", seq=5)]) == 0
     session.send(b"hello")
     assert session.recv(100) == b"hello", "nor does a stray SYN cut the session"

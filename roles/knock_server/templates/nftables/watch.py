@@ -4,12 +4,14 @@
 
 Runs on the host as fleet-portknock-watch.service, with Python's standard library alone. The kernel tells every change of
 its tables; between changes this process sleeps. What packets do to a set it does not tell: a gate with one-time sequences is
-asked twice a second how many have opened.
+asked twice a second how many have opened. Nor does it tell of the tables of iptables-legacy: where the gate is made of iptables'
+rules, their numbers and sizes are asked for twice a second.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -39,6 +41,19 @@ PROGRAM_SECONDS = 30
 ONE_TIME_SECONDS = 0.5
 ONE_TIME_RETRY_SECONDS = 10.0
 ANSWER_SECONDS = 5.0
+
+# What the gate's file says where its rules are of iptables, and how often to ask for these.
+XTABLES_MARK = "# fleet.portknock rules: iptables"
+XTABLES_SECONDS = 0.5
+# How often to compare them rule by rule, whatever was told.
+XTABLES_FULL_SECONDS = 60.0
+XTABLES_NAMES = (
+    ("/proc/net/ip_tables_names", socket.AF_INET, socket.IPPROTO_IP),
+    ("/proc/net/ip6_tables_names", socket.AF_INET6, socket.IPPROTO_IPV6),
+)
+# linux/netfilter_ipv4/ip_tables.h: IPT_SO_GET_INFO and what it fills in, which begins with the table's name.
+_GET_INFO = 64
+_INFO_SIZE = 84
 
 # linux/netlink.h, linux/netfilter/nfnetlink.h and linux/netfilter/nf_tables.h
 _NETLINK_NETFILTER = 12
@@ -185,8 +200,59 @@ class OneTime:
         return ONE_TIME_RETRY_SECONDS if self._failed else ONE_TIME_SECONDS
 
 
+def is_xtables() -> bool:
+    """Whether the confirmed gate is made of iptables' rules."""
+    try:
+        with open(GATE, encoding="utf-8") as stream:
+            return any(line.startswith(XTABLES_MARK) for _number, line in zip(range(4), stream))
+    except OSError:
+        return False
+
+
+def xtables() -> list[bytes]:
+    """Numbers and sizes of the rules in iptables-legacy's tables: the same as long as nobody loads others."""
+    found = []
+    libc = ctypes.CDLL(None, use_errno=True)
+    for path, family, level in XTABLES_NAMES:
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+        with contextlib.suppress(OSError), open(path, encoding="utf-8") as names, socket.socket(family, kind) as asking:
+            for name in sorted(names.read().split()):
+                answer = ctypes.create_string_buffer(name.encode(), _INFO_SIZE)
+                size = ctypes.c_uint32(_INFO_SIZE)
+                libc.getsockopt(asking.fileno(), level, _GET_INFO, answer, ctypes.byref(size))
+                found.append(answer.raw)
+    return found
+
+
+class Xtables:
+    """Sees whether a gate of iptables' rules is still whole."""
+
+    def __init__(self) -> None:
+        self._known: Optional[list[bytes]] = None
+        self._next = 0.0
+
+    def is_gone(self, told: bool) -> bool:
+        """Whether anything of it is missing, as far as anything has changed since it was last there.
+
+        :param told: whether the kernel told of a change; it does so for iptables-nft alone.
+        """
+        now = xtables()
+        if not told and now == self._known and time.monotonic() < self._next:
+            return False
+        if is_loaded() is False:
+            self._known = None
+            return True
+        self._known, self._next = now, time.monotonic() + XTABLES_FULL_SECONDS
+        return False
+
+
 def is_loaded() -> Optional[bool]:
-    """Whether the gate's table is in the kernel; None where nft does not say."""
+    """Whether the gate's rules are in the kernel; None where its programs don't say."""
+    if is_xtables():
+        # While another gate is on trial, it is there if any is.
+        how = "any" if _read("run") is not None and _read("kind") != "sshd" else "check"
+        done = _run("/bin/sh", GATE, how)
+        return None if done is None else done.returncode == 0
     done = _run("nft", "list", "tables")
     if done is None or done.returncode != 0:
         return None
@@ -220,12 +286,12 @@ def bring_back(reason: str) -> bool:
 
 
 def _load(reason: str, began: float) -> bool:
-    done = _run("/bin/sh", LOADER)
+    # Sets of ipset, which windows are in, are nobody's rules and have stayed.
+    keeps, left = (["keep"], "") if is_xtables() else ([], ", without open windows")
+    done = _run("/bin/sh", LOADER, *keeps)
     seconds = time.monotonic() - began
     if done is not None and done.returncode == 0:
-        _say(
-            2, f"{reason or 'The gate was missing'}: it was loaded again within {seconds:.3f} s, without open windows."
-        )
+        _say(2, f"{reason or 'The gate was missing'}: it was loaded again within {seconds:.3f} s{left}.")
         return True
     if reason:
         _say(2, f"{reason}, and it does not load again.")
@@ -302,14 +368,17 @@ def main() -> None:
     channel = subscribe()
     _tell_ready()
     is_well = bring_back("The gate was missing when the watch began")
-    one_time = OneTime()
+    one_time, rules = OneTime(), Xtables()
     pause = one_time.look()
     while True:
+        if is_xtables():
+            pause = XTABLES_SECONDS
         channel.settimeout(pause if is_well else RETRY_SECONDS)
         reason = ""
+        change: Optional[Change] = None
         try:
             change = read_change(channel.recv(_DATAGRAM_SIZE))
-            if change.took_away:
+            if change.took_away and not is_xtables():
                 reason = f"The gate was taken away by {_program_behind(change, channel)}"
         except socket.timeout:
             pass
@@ -317,6 +386,9 @@ def main() -> None:
             if exc.errno != errno.ENOBUFS:
                 raise
             reason = "The gate was taken away, in more changes than could be followed"
+        if is_xtables() and is_well and rules.is_gone(change is not None):
+            who = _program_behind(change, channel) if change else "another program"
+            reason = f"Rules of the gate were taken away by {who}"
         if reason or not is_well:
             is_well = bring_back(reason)
         # A table that is there again may be a copy, with sequences armed that have opened since.

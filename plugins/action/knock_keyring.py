@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ from typing import Any
 import yaml
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import NO_ECHO
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
+    SEQUENCES_OPTION,
     HostSecrets,
     check_host_state,
     check_not_all_expire,
@@ -27,7 +30,12 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._nmap_ports import nmap_ports, read_nmap_services
 from ansible_collections.fleet.portknock.plugins.module_utils._planning import Plan, plan_secrets
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, parse_knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    HIGHEST_PORT,
+    KNOCK_PROTOCOLS,
+    parse_knock,
+    parse_knocks,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._rotation import (
     GIVEN_BY_HAND,
     Step,
@@ -37,7 +45,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._rotation import (
     revoke,
     scope_of,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._sequences import DEFAULT_LENGTH
+from ansible_collections.fleet.portknock.plugins.module_utils._sequences import DEFAULT_LENGTH, check_protocols
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import check_one_time
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import (
     Keyring,
@@ -51,7 +59,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "state": {"type": "str", "choices": _STATES, "default": "present"},
     "operators": {"type": "list", "elements": "str", "default": ["default"]},
     "length": {"type": "int", "default": DEFAULT_LENGTH},
-    "protocols": {"type": "list", "elements": "str", "choices": ["tcp", "udp"], "default": ["tcp"]},
+    "protocols": {"type": "list", "elements": "str", "choices": list(KNOCK_PROTOCOLS), "default": ["tcp"]},
     # Raw, since the check of a type would print what it was given.
     "sequences": {"type": "raw", "default": {}},
     "protected_ports": {"type": "list", "elements": "str", "default": ["22/tcp"]},
@@ -70,6 +78,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "trusted_sources": {"type": "list", "elements": "str", "default": []},
     "one_time": {"type": "raw", "default": 0},
     "close_sequence": {"type": "bool", "default": False},
+    "backend": {"type": "dict", "default": {}},
 }
 
 
@@ -107,6 +116,11 @@ class ActionModule(ActionBase):
         if state == "rotation_ended":
             ended = keyring.end_rotation(arguments["scope"], dry_run)
             return {"changed": ended, "keyring_id": keyring.id}
+        if state in ("present", "rotated"):
+            option = "knock_server_sequence_protocols"
+            _check_protocols(
+                check_protocols(arguments["protocols"], option, KNOCK_PROTOCOLS), arguments["backend"], option
+            )
         if state == "present":
             before, (after, _changed, created, warnings) = self._present(keyring, host, arguments)
         elif state == "promoted":
@@ -202,6 +216,8 @@ class ActionModule(ActionBase):
         """Return what was kept, and what became of it."""
         operators = check_operators(arguments["operators"])
         given = parse_given(arguments["sequences"], operators)
+        protos = {knock.proto for several in given.values() for knocks in several for knock in knocks}
+        _check_protocols(protos, arguments["backend"], SEQUENCES_OPTION)
         valid_until = arguments["valid_until"]
         if valid_until is not None:
             valid_until = parse_valid_until(valid_until, operators)
@@ -245,6 +261,23 @@ class ActionModule(ActionBase):
 
         keyring.update(host, change, bool(self._task.check_mode))
         return history[-1]
+
+
+def _check_protocols(protocols: Iterable[str], backend: Mapping[str, Any], option: str) -> None:
+    """Stop before sequences are kept that the host's gate could not honour.
+
+    :param backend: what knock_gate_info reported; empty where nobody says.
+    :param option: names what gave them in the error.
+    """
+    wanted, name = sorted(set(protocols)), backend.get("name")
+    for proto in wanted:
+        able = sorted(known for known, abilities in BACK_ENDS.items() if proto in abilities.protocols)
+        if name is not None and name not in able:
+            raise PortknockError(
+                f"{option}: expected a back end that can tell {proto} knocks ({', '.join(able)}); got {name}."
+            )
+    if "icmp" in wanted and backend.get("capabilities", {}).get("echo") is False:
+        raise PortknockError(f"{option}: {NO_ECHO}")
 
 
 def _port(value: object) -> int:

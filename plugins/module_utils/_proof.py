@@ -26,7 +26,12 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     probe_udp,
     resolve,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    HIGHEST_PORT,
+    KNOCK_PROTOCOLS,
+    Knock,
+    parse_knocks,
+)
 
 # Longer than the kernel waits before it repeats a SYN (1 s), so that one lost packet doesn't look like silence.
 LOOK_SECONDS = 1.5
@@ -133,8 +138,11 @@ def _prove_applied(request: Mapping[str, Any]) -> dict[str, Any]:
         (port/protocol), ``closed_response`` and ``trusted`` (CIDRs); of its host ``ports_in_use``, ``listeners`` and
         ``source_trusted``; ``knocks``, or ``once`` instead (secret), see :func:`prove`, and ``timeout`` in seconds.
     """
-    once = [parse_knocks(knocks, "once", secret=True) for knocks in request.get("once", ())]
-    return prove(_subject_of(request), parse_knocks(request["knocks"], "knocks", secret=True), once).as_result()
+    knocks, *once = (
+        parse_knocks(texts, "knocks", secret=True, protocols=KNOCK_PROTOCOLS)
+        for texts in (request["knocks"], *request.get("once", ()))
+    )
+    return prove(_subject_of(request), knocks, once).as_result()
 
 
 def _prove_removed(request: Mapping[str, Any]) -> dict[str, Any]:

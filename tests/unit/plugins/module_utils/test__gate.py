@@ -200,6 +200,7 @@ def test_the_model_is_plain_and_repeats_itself() -> None:
             "close",
             "closed_response",
             "doors",
+            "echo",
             "guard",
             "input_policy",
             "served",

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 import yaml
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_name
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_name, check_seen
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import NO_ECHO
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
+    SEQUENCES_OPTION,
     HostSecrets,
     check_host_state,
     check_not_all_expire,
@@ -30,6 +32,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._nmap_ports import
 from ansible_collections.fleet.portknock.plugins.module_utils._planning import Plan, plan_secrets
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
     HIGHEST_PORT,
+    KNOCK_PROTOCOLS,
     SPA,
     Knock,
     parse_knock,
@@ -44,7 +47,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._rotation import (
     revoke,
     scope_of,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._sequences import DEFAULT_LENGTH
+from ansible_collections.fleet.portknock.plugins.module_utils._sequences import DEFAULT_LENGTH, check_protocols
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import check_one_time
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import (
     Keyring,
@@ -58,7 +61,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "state": {"type": "str", "choices": _STATES, "default": "present"},
     "operators": {"type": "list", "elements": "str", "default": ["default"]},
     "length": {"type": "int", "default": DEFAULT_LENGTH},
-    "protocols": {"type": "list", "elements": "str", "choices": ["tcp", "udp"], "default": ["tcp"]},
+    "protocols": {"type": "list", "elements": "str", "choices": list(KNOCK_PROTOCOLS), "default": ["tcp"]},
     # Raw, since the check of a type would print what it was given.
     "sequences": {"type": "raw", "default": {}},
     "protected_ports": {"type": "list", "elements": "str", "default": ["22/tcp"]},
@@ -77,7 +80,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "trusted_sources": {"type": "list", "elements": "str", "default": []},
     "one_time": {"type": "raw", "default": 0},
     "close_sequence": {"type": "bool", "default": False},
-    "backend": {"type": "str", "default": "nftables"},
+    "backend": {"type": "dict", "default": {}},
 }
 
 
@@ -115,6 +118,11 @@ class ActionModule(ActionBase):
         if state == "rotation_ended":
             ended = keyring.end_rotation(arguments["scope"], dry_run)
             return {"changed": ended, "keyring_id": keyring.id}
+        if state in ("present", "rotated"):
+            option = "knock_server_sequence_protocols"
+            _check_protocols(
+                check_protocols(arguments["protocols"], option, KNOCK_PROTOCOLS), arguments["backend"], option
+            )
         if state == "present":
             before, (after, _changed, created, warnings) = self._present(keyring, host, arguments)
         elif state == "promoted":
@@ -211,6 +219,8 @@ class ActionModule(ActionBase):
         """Return what was kept, and what became of it."""
         operators = check_operators(arguments["operators"])
         given = parse_given(arguments["sequences"], operators)
+        protos = {knock.proto for several in given.values() for knocks in several for knock in knocks}
+        _check_protocols(protos, arguments["backend"], SEQUENCES_OPTION)
         valid_until = arguments["valid_until"]
         if valid_until is not None:
             valid_until = parse_valid_until(valid_until, operators)
@@ -258,21 +268,37 @@ class ActionModule(ActionBase):
         return history[-1]
 
 
-def _asked(backend: str, protected: Sequence[Knock], one_time: int = 0) -> Knock | None:
-    """What the packet asks for that opens the gate; None where a sequence opens it."""
-    if BACK_ENDS[check_name(backend)].mode != SPA:
+def _asked(backend: Mapping[str, Any], protected: Sequence[Knock], one_time: int = 0) -> Knock | None:
+    """What the packet asks for that opens the gate; None where a sequence opens it.
+
+    :param backend: what knock_gate_info reported; empty where nobody says.
+    """
+    if "name" not in backend or BACK_ENDS[check_name(backend["name"])].mode != SPA:
         return None
     if one_time:
         able = [name for name, abilities in BACK_ENDS.items() if abilities.one_time]
         raise PortknockError(
-            f"knock_server_one_time: expected 0 with knock_server_backend={backend}, each of whose packets is good once; got "
-            f"{one_time}. One-time sequences are for {' and '.join(able)}."
+            f"knock_server_one_time: expected 0 with knock_server_backend={backend['name']}, each of whose packets is good once; "
+            f"got {one_time}. One-time sequences are for {' and '.join(able)}."
         )
     if not protected:
         raise PortknockError(
             "knock_server_protected_ports: expected at least one port such as 22/tcp; got an empty list."
         )
     return protected[0]
+
+
+def _check_protocols(protocols: Iterable[str], backend: Mapping[str, Any], option: str) -> None:
+    """Stop before sequences are kept that the host's gate could not honour.
+
+    :param backend: what knock_gate_info reported; empty where nobody says.
+    :param option: names what gave them in the error.
+    """
+    wanted = set(protocols)
+    if "name" in backend:
+        check_seen(backend["name"], wanted, option)
+    if "icmp" in wanted and backend.get("capabilities", {}).get("echo") is False:
+        raise PortknockError(f"{option}: {NO_ECHO}")
 
 
 def _port(value: object) -> int:

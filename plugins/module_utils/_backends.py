@@ -13,7 +13,12 @@ from typing import Any, Iterable, Mapping, NamedTuple, Optional, Protocol, Seque
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import Opening, Source
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import SEQUENCE, SPA
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    KNOCK_PROTOCOLS,
+    PROTOCOLS,
+    SEQUENCE,
+    SPA,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import Peer
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
@@ -54,10 +59,10 @@ class Abilities(NamedTuple):
 
 
 BACK_ENDS: Mapping[str, Abilities] = {
-    "nftables": Abilities("kernel", one_time=True, protocols=("tcp", "udp"), close_sequence=True, input_policy=True),
-    "knockd": Abilities("knockd", one_time=True, protocols=("tcp", "udp"), input_policy=True),
-    "fwknop": Abilities("fwknop", one_time=False, protocols=("tcp", "udp"), input_policy=True, mode=SPA),
-    "iptables": Abilities("iptables", one_time=False, protocols=("tcp", "udp"), close_sequence=True, single_use=False),
+    "nftables": Abilities("kernel", one_time=True, protocols=KNOCK_PROTOCOLS, close_sequence=True, input_policy=True),
+    "iptables": Abilities("iptables", one_time=False, protocols=PROTOCOLS, close_sequence=True, single_use=False),
+    "knockd": Abilities("knockd", one_time=True, protocols=PROTOCOLS, input_policy=True),
+    "fwknop": Abilities("fwknop", one_time=False, protocols=PROTOCOLS, input_policy=True, mode=SPA),
 }
 # In the order in which they are written. The gate comes last: it alone is what a reboot brings back, and it has the same path
 # whatever enforces it, so that a change of the back end has one moment, too. A key means the same file to all who have it.
@@ -227,9 +232,10 @@ def check_name(name: object) -> str:
     return name
 
 
-def check_protocols(name: str, protocols: Iterable[str]) -> None:
+def check_seen(name: str, protocols: Iterable[str], option: str = "knock_server_sequence_protocols") -> None:
     """Check that a back end sees knocks of these protocols.
 
+    :param option: what gave them.
     :raises PortknockError: it does not; says which ones do.
     """
     seen = BACK_ENDS[check_name(name)].protocols
@@ -237,8 +243,8 @@ def check_protocols(name: str, protocols: Iterable[str]) -> None:
     if unseen:
         able = [other for other, abilities in BACK_ENDS.items() if {*unseen} <= {*abilities.protocols}]
         raise PortknockError(
-            f"knock_server_sequence_protocols: expected {' or '.join(seen)} with knock_server_backend={name}; got "
-            f"{', '.join(unseen)}, which {' and '.join(able) or 'no back end'} can see."
+            f"{option}: expected {' or '.join(seen)} with knock_server_backend={name}; got {', '.join(unseen)}, which "
+            f"{' and '.join(able) or 'no back end'} can see."
         )
 
 
@@ -279,6 +285,6 @@ __all__ = (
     "HostFile",
     "back_end",
     "check_name",
-    "check_protocols",
+    "check_seen",
     "files_of",
 )

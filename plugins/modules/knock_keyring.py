@@ -61,10 +61,11 @@ options:
     default: 4
   protocols:
     description:
-      - Protocols of a sequence that is made now. With both, each knock's is drawn, and both occur.
+      - Protocols of a sequence that is made now. With several, each knock's is drawn, and all occur.
+      - A sequence with icmp knocks, which are lengths of echo requests, is replaced where V(icmp) is not among them any more.
     type: list
     elements: str
-    choices: [tcp, udp]
+    choices: [tcp, udp, icmp]
     default: [tcp]
   sequences:
     description:
@@ -105,12 +106,6 @@ options:
         of this keyring.
     type: bool
     default: false
-  backend:
-    description:
-      - What enforces the gate. With V(fwknop), which is opened by one packet, each operator has keys for that beside the
-        sequence.
-    type: str
-    default: nftables
   packages:
     description:
       - With O(state=present), packages that are about to be installed on the host for the gate. They are noted in the entry,
@@ -132,6 +127,12 @@ options:
         those that there are go.
     type: bool
     default: false
+  backend:
+    description:
+      - What M(fleet.portknock.knock_gate_info) reports of the host's back end, so that no knocks are made that it can't tell.
+        With the name V(fwknop), which is opened by one packet, each operator has keys for that beside the sequence.
+    type: dict
+    default: {}
   readmit:
     description:
       - With O(state=present), names among O(operators) who were revoked and may knock again, each with a new sequence.

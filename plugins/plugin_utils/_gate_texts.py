@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_protocols
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_seen
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, build_model
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
@@ -46,9 +46,7 @@ def gate_texts(
     # as it was when the secrets were made, so that a service that comes and goes changes nothing.
     avoid = entry.avoid | {knock.port for knock in in_use if knock.port < _FIRST_UNPRIVILEGED}
     honoured = entry.honoured(operators)
-    check_protocols(
-        backend, (knock.proto for one in honoured.values() for knocks in one.every_sequence for knock in knocks)
-    )
+    check_seen(backend, (knock.proto for one in honoured.values() for knocks in one.every_sequence for knock in knocks))
     probe, opener = found["backend"]["capabilities"], BACK_ENDS[backend].opener
     gate = build_model(settings, honoured, entry.tripwire_seed, avoid, probe, opener)
     return {
@@ -70,12 +68,16 @@ def with_throwaway_secrets(
 ) -> HostSecrets:
     """The entry as a check needs it: with secrets for whoever has none yet, which are written nowhere."""
     in_use = parse_knocks(found["ports_in_use"], "ports_in_use")
+    known = entry.operators.values() if entry else ()
+    has_echo = any(knock.proto == "icmp" for one in known for knocks in one.every_sequence for knock in knocks)
     return plan_secrets(
         entry,
         keyring_id=entry.keyring_id if entry else str(uuid.uuid4()),
         host=host,
         operators=operators,
         now=utc_now(),
+        # What there is stays, whatever new ones are made of.
+        protocols=("tcp", "icmp") if has_echo else ("tcp",),
         protected={*settings.protected_tcp, *settings.protected_udp},
         in_use={knock.port for knock in in_use},
         one_time=settings.one_time,

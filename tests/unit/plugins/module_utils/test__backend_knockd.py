@@ -39,6 +39,7 @@ def test_what_rules_can_t_do_the_command_does() -> None:
         "one_time": True,
         "clock": True,
         "socket_wildcard": True,
+        "echo": True,
         "ipv6": True,
         "counts": True,
     }

@@ -12,7 +12,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._backends import (
     UNITS,
     Abilities,
     back_end,
-    check_protocols,
+    check_seen,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 
@@ -43,10 +43,10 @@ def test_unknown_back_end(name: object) -> None:
 
 def test_knocks_that_a_back_end_can_t_see(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACK_ENDS, "nftables", Abilities("kernel", one_time=True, protocols=("tcp", "udp", "icmp")))
-    check_protocols("nftables", ["icmp", "tcp"])
-    check_protocols("knockd", ["tcp", "udp"])
+    check_seen("nftables", ["icmp", "tcp"])
+    check_seen("knockd", ["tcp", "udp"])
     with pytest.raises(PortknockError) as caught:
-        check_protocols("knockd", ["tcp", "icmp"])
+        check_seen("knockd", ["tcp", "icmp"])
     assert str(caught.value) == (
         "knock_server_sequence_protocols: expected tcp or udp with knock_server_backend=knockd; got icmp, which nftables can "
         "see."

@@ -201,6 +201,7 @@ def test_the_model_is_plain_and_repeats_itself() -> None:
             "closed_response",
             "counts",
             "doors",
+            "echo",
             "guard",
             "input_policy",
             "served",

@@ -28,4 +28,6 @@ if [ "${1:-demo}" = test ]; then
     need git git rsync rsync nft nftables nmap nmap ncat ncat tcpdump tcpdump conntrack conntrack shellcheck shellcheck
     need_asleep sshd openssh-server ssh.service ssh.socket
     need_asleep knockd knockd knockd.service
+    need fwknop fwknop-client
+    need_asleep fwknopd fwknop-server fwknop-server.service
 fi

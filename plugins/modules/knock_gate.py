@@ -42,7 +42,7 @@ options:
   backend:
     description: What enforces the gate.
     type: str
-    choices: [knockd, nftables]
+    choices: [fwknop, knockd, nftables]
     default: nftables
   settings:
     description:

@@ -28,7 +28,7 @@ options:
   backend:
     description: The back end to look for.
     type: str
-    choices: [knockd, nftables]
+    choices: [fwknop, knockd, nftables]
     default: nftables
 seealso:
   - module: fleet.portknock.knock_gate

@@ -26,7 +26,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import A
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._spa import PORT, asking_for, keys_of, new_spa
 from netlab import CLIENT6, HOST4, HOST6, SSH, Lab, wait_for
-from openlab import SECONDS, Opener
+from openlab import SECONDS, Opener, is_open_soon
 
 ALICE, BOB = new_spa(Knock(22, "tcp")), new_spa(Knock(22, "tcp"))
 pytestmark = pytest.mark.skipif(
@@ -215,7 +215,7 @@ def test_junk_at_twenty_thousand_packets_a_second(lab: Lab, host: Host) -> None:
             source = lab.source()
             # One packet, sent once.
             host.ask(ALICE, source)
-            wait_for(lambda source=source: lab.look(source) == "open", SECONDS, "an open port")
+            assert is_open_soon(lab, source, seconds=SECONDS)
     finally:
         over.set()
         flooding.join()

@@ -160,7 +160,7 @@ class ActionModule(ConfirmedAction):
             "without_ipv6": "fwknop has no IPv6" if self._mode == SPA else "",
         }
         if found["backend"]["capabilities"].get("ipv6") is False:
-            gate["without_ipv6"] = f"this release of {self._backend()} has no IPv6"
+            gate["without_ipv6"] = f"{self._backend()} has no IPv6 here"
             display.warning(
                 f"knock_server_backend: {gate['without_ipv6']}: on hosts that have it, the protected ports are closed on IPv6 "
                 "to all but the trusted sources."

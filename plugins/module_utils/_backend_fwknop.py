@@ -8,6 +8,7 @@ import os
 import tempfile
 from typing import Mapping, Optional, Sequence
 
+from ansible_collections.fleet.portknock.plugins.module_utils._backend_knockd import COUNTS
 from ansible_collections.fleet.portknock.plugins.module_utils._backend_nftables import Nftables
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import HostFile, files_of
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
@@ -39,7 +40,7 @@ class Fwknop(Nftables):
 
         :raises PortknockError: something that the gate can't do without is refused.
         """
-        return {**super().capabilities(), "clock": True}
+        return {**super().capabilities(), "clock": True, "ipv6": False, "counts": self._check(COUNTS).code == 0}
 
     def check(self, texts: Mapping[str, str]) -> None:
         """Let nft and the kernel check the rules, and fwknopd its settings.

@@ -12,7 +12,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._backends import H
 
 _DAEMON = "/usr/sbin/knockd"
 # nft 0.9.8 crashes over it.
-_COUNT = (
+COUNTS = (
     "set s { type ipv4_addr; flags dynamic,timeout; timeout 1d; elements = { 192.0.2.1 counter packets 2 bytes 0 } }"
 )
 _OPENER_FILES = ("opener", "opener_settings", "open", "knockd_conf")
@@ -40,8 +40,8 @@ class Knockd(Nftables):
         """
         # The option that leaves IPv6 out came with IPv6.
         ipv6 = "--only-ip-v4" in self._run([_DAEMON, "--help"], None).stdout
-        counts = self._check(_COUNT).code == 0
+        counts = self._check(COUNTS).code == 0
         return {**super().capabilities(), "one_time": True, "clock": True, "ipv6": ipv6, "counts": counts}
 
 
-__all__ = ("Knockd",)
+__all__ = ("COUNTS", "Knockd")

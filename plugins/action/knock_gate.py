@@ -163,10 +163,10 @@ class ActionModule(ConfirmedAction):
             "knocks": [] if stocks else [str(knock) for knock in sequences[0]],
             "once": [[str(knock) for knock in knocks] for knocks in sequences] if stocks else [],
             "served": [str(knock) for knock in settings.served],
-            "without_ipv6": "fwknop has no IPv6" if self._mode == SPA else "",
+            "without_ipv6": "",
         }
         if found["backend"]["capabilities"].get("ipv6") is False:
-            gate["without_ipv6"] = f"this release of {self._backend()} has no IPv6"
+            gate["without_ipv6"] = f"{self._backend()} has no IPv6 here"
             display.warning(
                 f"knock_server_backend: {gate['without_ipv6']}: on hosts that have it, the protected ports are closed on IPv6 "
                 "to all but the trusted sources."

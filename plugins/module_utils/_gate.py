@@ -359,7 +359,7 @@ def guard_warnings(settings: GateSettings, length: int, opener: str = "kernel") 
     if opener == "knockd":
         return _knockd_warnings(settings, length)
     if opener == "fwknop":
-        return _fwknop_warnings(settings)
+        return _meaningless(settings, "fwknop, whose packets nobody can guess")
     warning = _loose_warning(settings, length)
     return [warning] if warning else []
 
@@ -370,14 +370,6 @@ def _knockd_warnings(settings: GateSettings, length: int) -> list[str]:
         f"opens a sequence of {length} knocks in about 1 of {math.factorial(length)} cases; nftables makes that practically "
         "impossible, and one-time sequences make what was guessed worthless.",
         *_meaningless(settings, "knockd, which has a guard of its own"),
-    ]
-
-
-def _fwknop_warnings(settings: GateSettings) -> list[str]:
-    return [
-        f"{_OPTION}backend: fwknop has no IPv6, so the protected ports stay closed to whoever comes by that, "
-        f"{_OPTION}trusted_sources apart.",
-        *_meaningless(settings, "fwknop, whose packets nobody can guess"),
     ]
 
 

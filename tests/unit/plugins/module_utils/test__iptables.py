@@ -12,6 +12,7 @@ import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._backend_iptables import Iptables
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._iptables import (
+    SOURCES,
     digests,
     forgetting,
     openings,
@@ -124,6 +125,12 @@ def test_lists() -> None:
 @pytest.mark.parametrize(("ticks", "rate"), [(25, 100), (66, 250), (80, 300), (255, 1000)])
 def test_how_fast_a_kernel_counts(ticks: int, rate: int) -> None:
     assert ticks_per_second(ticks, 0.25) == rate
+
+
+def test_the_kernel_is_told_the_same_limit_at_boot() -> None:
+    root = Path(__file__).resolve().parents[4]
+    text = (root / "roles/knock_server/templates/iptables/modprobe.conf.j2").read_text()
+    assert f"options xt_recent ip_list_tot={SOURCES}\n" in text
 
 
 class Programs:

@@ -643,8 +643,9 @@ def test_someone_s_redirect_is_no_way_round(lab: IptablesLab) -> None:
     assert lab.look(stranger, 2222) == "silent"
 
 
-def test_a_dnat_before_ours_is_locked_where_it_is_forwarded(docker: IptablesLab) -> None:
-    docker.gate(protected_ports=["22/tcp", f"{PUBLISHED}/tcp"])
+@pytest.mark.parametrize("zones", [True, False])
+def test_a_dnat_before_ours_is_locked_where_it_is_forwarded(docker: IptablesLab, zones: bool) -> None:
+    docker.gate(protected_ports=["22/tcp", f"{PUBLISHED}/tcp"], probe={"zones": zones})
     docker.both("-t", "nat", "-I", "PREROUTING", "-j", "DOCKER")
     assert docker.look(CLIENT4, PUBLISHED) == "silent"
     assert docker.look(CLIENT4, 8080) == "open"
@@ -689,6 +690,9 @@ def test_saved_rules_hold_no_opening_and_load_at_boot(lab: IptablesLab) -> None:
     assert "--dport 443 -j ACCEPT" in lab.command("iptables-save")
     lab.knock(source)
     assert lab.look(source) == "open"
+    # Nor does one stay that somebody's saved sets would bring back.
+    assert lab.loader("fresh") == 0
+    assert lab.look(source) == "reset"
 
 
 def test_a_gate_that_does_not_load_at_boot(lab: IptablesLab) -> None:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from typing import Iterator, Match
+from typing import Callable, Iterator, Match
 
 # Sets that hold what the inventory says openly. Whatever isn't named here is masked, so that a new set starts secret.
 PUBLIC_SETS = frozenset({"protected_tcp", "protected_udp", "served_tcp", "served_udp", "trusted4", "trusted6"})
@@ -21,6 +21,9 @@ _KEY = re.compile(
     r"^(?P<head>\s*(?:(?:HMAC_)?KEY(?:_BASE64)?|GPG_(?:DECRYPT|SIGNING)_PW)[ \t]+)(?P<key>\S.*)$",
     re.MULTILINE | re.IGNORECASE,
 )
+# As sets of ipset and rules of iptables have them.
+_MEMBERS = re.compile(r"(?:^add fpk@-(?:tcp|udp|trip) [0-9]+\n)+", re.MULTILINE)
+_RULE = re.compile(r"^(?P<head>-A FPK-(?:KNOCK-[TU]|[TU]G[0-9]+) .*--dport )(?P<ports>[0-9:]+)", re.MULTILINE)
 _NUMBER = re.compile(r"(?<![\w.])[0-9]{4,5}(?![\w.])")
 
 
@@ -58,9 +61,25 @@ def masked(before: str, after: str) -> tuple[str, str]:
         other = "another " if keys and match.group("key") not in keys else ""
         return f"{match.group('head')}({other}secret)"
 
+    members, rules = set(_MEMBERS.findall(before)), set(_RULE.findall(before))
+
+    def hide_members(match: Match[str]) -> str:
+        other = " other" if before and match.group(0) not in members else ""
+        lines = match.group(0).count("\n")
+        return f"{lines}{other} secret elements\n"
+
+    def hide_ports(match: Match[str]) -> str:
+        other = "another " if before and match.groups() not in rules else ""
+        return f"{match.group('head')}({other}secret)"
+
     shown = _SET.sub(hide, before), _SET.sub(hide_and_compare, after)
+    shown = _hidden(shown[0], hide_members, hide_ports), _hidden(shown[1], hide_members, hide_ports)
     first, second = (_NUMBER.sub(hide_number, _KEY.sub(hide_key, _SEQUENCE.sub(hide_sequence, text))) for text in shown)
     return first, second
+
+
+def _hidden(text: str, members: Callable[[Match[str]], str], ports: Callable[[Match[str]], str]) -> str:
+    return _RULE.sub(ports, _MEMBERS.sub(members, text))
 
 
 def _secret_numbers(text: str) -> Iterator[str]:
@@ -69,6 +88,9 @@ def _secret_numbers(text: str) -> Iterator[str]:
             yield from _NUMBER.findall(match.group("elements"))
     for match in _SEQUENCE.finditer(text):
         yield from _NUMBER.findall(match.group("knocks"))
+    for pattern in (_MEMBERS, _RULE):
+        for match in pattern.finditer(text):
+            yield from _NUMBER.findall(match.group(0))
 
 
 def _split(match: Match[str]) -> list[str]:

@@ -37,7 +37,7 @@ if grep -q '^# fleet.portknock rules: iptables$' "$folder/gate.rules"; then
         sed -n "$2" "$folder/closed.rules" | grep -v '^#' | "$1-restore" -w 10 --noflush
     }
     load_closed() {
-        shut iptables '/^#4$/,/^#6$/p' && { [ ! -e /proc/net/if_inet6 ] || shut ip6tables '/^#6$/,$p'; }
+        shut iptables '/^#4$/,/^#6$/p' && { [ ! -e /proc/net/if_inet6 ] || shut ip6tables "/^#6\$/,\$p"; }
     }
     how=fresh
     [ "${1-}" != keep ] || how=load

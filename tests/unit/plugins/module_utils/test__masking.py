@@ -79,3 +79,20 @@ def test_knockd_s_sequences(before: str, after: str, said: str) -> None:
     assert said in second
     assert "4000" not in first + second
     assert (first != second) is (before != after)
+
+
+SETS = "#sets\ncreate fpk@-tcp bitmap:port range 0-65535\nadd fpk@-tcp 4{0}01\nadd fpk@-tcp 4{0}02\n#4\n*mangle\n"
+RULES = "-A FPK-KNOCK-T -p tcp -m tcp --dport 4{0}01 -g FPK-T1-1\n-A FPK-TG1 -p udp --dport 4{0}02:4{0}03 -g FPK-U1\n"
+OPEN = "-A FPK-DOOR-T -p tcp -m tcp --dport 2222 -j REDIRECT --to-ports 300\nCOMMIT\n"
+
+
+def test_sets_and_rules_of_iptables() -> None:
+    first, second = masked(SETS.format(7) + RULES.format(7) + OPEN, SETS.format(8) + RULES.format(8) + OPEN)
+    for text in (first, second):
+        assert not any(port in text for port in ("4701", "4702", "4703", "4801", "4802", "4803"))
+        assert "--dport 2222" in text
+    assert "\n2 secret elements\n" in first
+    assert "\n2 other secret elements\n" in second
+    assert "--dport (another secret) -g FPK-T1-1" in second
+    same, again = masked(SETS.format(7) + RULES.format(7), SETS.format(7) + RULES.format(7))
+    assert same == again

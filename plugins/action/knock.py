@@ -33,6 +33,7 @@ _ARGUMENTS = {
     "operator": {"type": "str"},
     "knocks": {"type": "raw", "no_log": True},
     "knock": {"type": "bool", "default": True},
+    "state": {"type": "str", "choices": ["opened", "closed"], "default": "opened"},
     "timeout": {"type": "float", "default": 10},
     "expect": {"type": "str", "choices": ["open", "closed"]},
 }
@@ -57,7 +58,15 @@ class ActionModule(ActionBase):
             raise PortknockError(f"timeout: expected more than 0 seconds; got {arguments['timeout']:g}.")
         if arguments["port"] is not None and not 1 <= arguments["port"] <= HIGHEST_PORT:
             raise PortknockError(f"port: expected a port from 1 to {HIGHEST_PORT}; got {arguments['port']}.")
+        closing = arguments["state"] == "closed"
+        if closing and not arguments["knock"]:
+            raise PortknockError("knock: expected true with state=closed, which sends a sequence; got false.")
         known = self._sequences(arguments, ssh) if arguments["knock"] else None
+        if closing and known is not None and not known.close:
+            raise PortknockError(
+                f"state: expected a host with a close sequence (knock_server_close_sequence); the keyring holds none for "
+                f"{known.host or 'this host'}. Run the role with that variable, or give one by knocks."
+            )
         destination = ssh.destination()
         if destination.proxied and arguments["host"] is None:
             raise PortknockError(
@@ -69,7 +78,10 @@ class ActionModule(ActionBase):
         addresses = resolve(arguments["host"] or destination.host, port, arguments["family"] or destination.family)
         if known is not None:
             way = FromHere(addresses, port, destination.source)
-            seen, _note = known.knock(way, arguments["timeout"], _BANNER_SECONDS)
+            if closing:
+                seen = way.close(known.close, arguments["timeout"])
+            else:
+                seen, _note = known.knock(way, arguments["timeout"], _BANNER_SECONDS)
         else:
             seen = self._look(addresses, arguments["timeout"], destination.source)
         shown: dict[str, Any] = {
@@ -96,6 +108,8 @@ class ActionModule(ActionBase):
             sequence = parse_knocks(arguments["knocks"], "knocks", secret=True, protocols=KNOCK_PROTOCOLS)
             if not sequence:
                 raise PortknockError("knocks: expected at least one knock; got an empty list.")
+            if arguments["state"] == "closed":
+                return HostSequences("", [], (), ssh.is_single_use, close=[sequence])
             return HostSequences("", [sequence], (), ssh.is_single_use)
         known = ssh.host_sequences(arguments["operator"])
         if known is None:

@@ -15,6 +15,7 @@ from ansible.utils.display import Display
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_name
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import (
+    INPUT_POLICIES,
     GateSettings,
     Honoured,
     guard_warnings,
@@ -28,7 +29,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     read_host_state,
     utc_now,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock, parse_knocks
 from ansible_collections.fleet.portknock.plugins.module_utils._proof import answer, is_trusted, packed_addresses
 from ansible_collections.fleet.portknock.plugins.plugin_utils._confirmed import ConfirmedAction
 from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import action_on, is_ssh, knock_ssh_of, quiet
@@ -79,12 +80,13 @@ class ActionModule(ConfirmedAction):
 
     def _check(self) -> dict[str, Any]:
         settings = settings_from(self._required("settings"))
-        self._check_one_time(settings)
+        self._check_abilities(settings)
         check_operators(self._required("operators"))
         self._seconds()
         found = self._required("found")
         self._check_init(found)
         destination = self._destination()
+        self._check_open_ports(settings, destination, found)
         self._choose_jump(settings, destination, found)
         if (self._place or self._jump) and not self._task.check_mode:
             self._view(destination, found["ipv6_addresses"])
@@ -96,7 +98,7 @@ class ActionModule(ConfirmedAction):
         templates, found = Path(self._required("templates")), self._required("found")
         self._check_init(found)
         self._check_backend(found["backend"])
-        self._check_one_time(settings)
+        self._check_abilities(settings)
         keyring = open_keyring(keyring_options(self._vars, self._templar))
         host = self._vars["inventory_hostname"]
         entry = keyring.load(host)
@@ -134,13 +136,16 @@ class ActionModule(ConfirmedAction):
         destination, connection = self._destination(), knock_ssh_of(self, self._vars)
         self._choose_jump(settings, destination, found)
         given, operator = connection.given_sequences(), connection.get_option("knock_operator")
+        self._check_open_ports(settings, destination, found)
         self._check_way_in(settings, destination, found, given, operator, entry.honoured(operators))
+        self._warn_of_shut(settings, found)
         gate = {
             "protected": payload["protected"],
             "closed_response": settings.closed_response,
             "trusted": payload["trusted"],
             "knocks": [] if stocks else [str(knock) for knock in sequences[0]],
             "once": [[str(knock) for knock in knocks] for knocks in sequences] if stocks else [],
+            "served": [str(knock) for knock in settings.served],
             "without_ipv6": "",
         }
         if found["backend"]["capabilities"].get("ipv6") is False:
@@ -265,7 +270,8 @@ class ActionModule(ConfirmedAction):
             return {}
         request.update(
             gate,
-            ports_in_use=outcome["ports_in_use"],
+            # What is open shows more than a closed port, whether or not anything waits there.
+            ports_in_use=sorted({*outcome["ports_in_use"], *gate.get("served", ())}),
             listeners=outcome["listeners"],
             # The host sees the connection's source itself, behind whatever translates addresses on the way.
             source_trusted=outcome["source_trusted"] and (not self._place or self._looker is not None),
@@ -467,13 +473,55 @@ class ActionModule(ConfirmedAction):
             missing = ", ".join(backend["missing_programs"])
             raise PortknockError(f"knock_server_backend: {backend['name']} needs {missing}; it is not installed.")
 
-    def _check_one_time(self, settings: GateSettings) -> None:
-        """Stop where the back end can't use a sequence up."""
+    def _check_abilities(self, settings: GateSettings) -> None:
+        """Stop where the back end can't use a sequence up, or shut a window on request."""
         able = sorted(name for name, abilities in BACK_ENDS.items() if abilities.one_time)
         if settings.one_time and self._backend() not in able:
             raise PortknockError(
                 f"knock_server_one_time: expected a back end that can use a sequence up ({', '.join(able)}); got "
                 f"{self._backend()}."
+            )
+        able = sorted(name for name, abilities in BACK_ENDS.items() if abilities.close_sequence)
+        if settings.close_sequence and self._backend() not in able:
+            raise PortknockError(
+                f"knock_server_close_sequence: expected a back end that can shut a window on request ({', '.join(able)}); got "
+                f"{self._backend()}."
+            )
+
+        able = sorted(name for name, abilities in BACK_ENDS.items() if abilities.input_policy)
+        if settings.input_policy != INPUT_POLICIES[0] and self._backend() not in able:
+            raise PortknockError(
+                f"knock_server_input_policy: expected a back end that can close all other ports ({', '.join(able)}); got "
+                f"{self._backend()}."
+            )
+
+    @staticmethod
+    def _check_open_ports(settings: GateSettings, destination: Destination, found: Mapping[str, Any]) -> None:
+        """Stop where the port that this connection came by would be neither protected nor open.
+
+        :raises PortknockError: it would.
+        """
+        # The host's own port, whatever it is called outside; where the connection isn't ssh, the one that ssh would use.
+        port = Knock(found["ssh_port"] or destination.port, "tcp")
+        if settings.shuts(port):
+            listed = ", ".join(map(str, settings.open_ports)) or "none"
+            raise PortknockError(
+                f"knock_server_open_ports: expected {port} among them, or among knock_server_protected_ports, since ssh comes in "
+                f"there and knock_server_input_policy=drop closes all others; got {listed}."
+            )
+
+    def _warn_of_shut(self, settings: GateSettings, found: Mapping[str, Any]) -> None:
+        """Tell of services that can't be reached any more, once: when the ports that stay open change."""
+        if settings.input_policy == INPUT_POLICIES[0] or found["gate"]["open_ports"] == [
+            str(knock) for knock in settings.served
+        ]:
+            return
+        waiting = parse_knocks(found["reachable_ports"], "reachable_ports")
+        shut = [str(port) for port in waiting if settings.shuts(port)]
+        if shut:
+            display.warning(
+                f"{self._vars['inventory_hostname']}: knock_server_input_policy=drop closes ports on which services of the host "
+                f"wait: {', '.join(shut)}. Those that others are to reach belong into knock_server_open_ports."
             )
 
     def _check_way_in(

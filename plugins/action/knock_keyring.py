@@ -69,6 +69,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "valid_until": {"type": "raw"},
     "trusted_sources": {"type": "list", "elements": "str", "default": []},
     "one_time": {"type": "raw", "default": 0},
+    "close_sequence": {"type": "bool", "default": False},
 }
 
 
@@ -234,6 +235,7 @@ class ActionModule(ActionBase):
                 readmit=arguments["readmit"],
                 valid_until=valid_until,
                 one_time=check_one_time(arguments["one_time"]),
+                close_sequence=arguments["close_sequence"],
                 is_bare=arguments["host_state"].get("present") is False,
             )
             if not arguments["trusted_sources"]:

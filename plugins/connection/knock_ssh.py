@@ -183,7 +183,7 @@ class HostSequences(NamedTuple):
 
     ``identity`` tells these from the sequences of another time, as far as that can be said without what is in them.
     With ``single_use`` what they open is good for one connection. ``once`` are those that open once themselves, in groups with
-    their operators' names, and ``usage`` says which of these to send next.
+    their operators' names, and ``usage`` says which of these to send next. ``close`` are those that shut the window.
     """
 
     host: str
@@ -192,6 +192,7 @@ class HostSequences(NamedTuple):
     single_use: bool
     once: Stocks = ()
     usage: Usage = Usage(None, "")
+    close: Sequence[tuple[Knock, ...]] = ()
 
     @property
     def has_any(self) -> bool:
@@ -327,6 +328,7 @@ class Connection(CoreConnection):
             secrets.single_use or self.is_single_use,
             secrets.one_time(name),
             keyring.usage(secrets),
+            secrets.close_sequences(name),
         )
 
     def _locate(self, *more: str) -> Destination:

@@ -37,17 +37,20 @@ class Abilities(NamedTuple):
     """What the controller has to know of a back end before it knows the host.
 
     ``opener`` is what watches for knocks: ``kernel`` where the gate's own rules do. ``one_time`` says whether it can use a
-    sequence up, ``protocols`` what knocks it sees.
+    sequence up, ``protocols`` what knocks it sees, ``close_sequence`` whether another sequence can shut a window,
+    ``input_policy`` whether it can close all other ports.
     """
 
     opener: str
     one_time: bool
     protocols: Sequence[str]
+    close_sequence: bool = False
+    input_policy: bool = False
 
 
 BACK_ENDS: Mapping[str, Abilities] = {
-    "nftables": Abilities(opener="kernel", one_time=True, protocols=("tcp", "udp")),
-    "knockd": Abilities(opener="knockd", one_time=True, protocols=("tcp", "udp")),
+    "nftables": Abilities("kernel", one_time=True, protocols=("tcp", "udp"), close_sequence=True, input_policy=True),
+    "knockd": Abilities("knockd", one_time=True, protocols=("tcp", "udp"), input_policy=True),
 }
 # In the order in which they are written. The gate comes last: it alone is what a reboot brings back, and it has the same path
 # whatever enforces it, so that a change of the back end has one moment, too. A key means the same file to all who have it.

@@ -41,7 +41,8 @@ class CardHost(NamedTuple):
 
     ``name`` is what the inventory calls it, ``hostname`` and ``port`` are what ssh connects to, ``user`` whom it logs in as
     (empty: not stated). ``sequences`` are those that open it, the one to try first at the head; with ``one_time`` each of them
-    opens once. ``jump`` is the host that the knock has to leave from, in the words of ssh's ProxyJump (empty: none).
+    opens once. ``jump`` is the host that the knock has to leave from, in the words of ssh's ProxyJump (empty: none). ``close``
+    shuts the window early (empty: none).
     """
 
     name: str
@@ -51,6 +52,7 @@ class CardHost(NamedTuple):
     jump: str = ""
     user: str = ""
     one_time: bool = False
+    close: Sequence[Knock] = ()
 
 
 class QrCode(NamedTuple):
@@ -289,8 +291,23 @@ def _part(host: CardHost, qr: Callable[[str], QrCode] | None) -> _Part:
     if others:
         found.append(Way(spare, tuple(others)))
     found.append(Way("Then, on your own machine" if host.jump else "Then", (_ssh(host),)))
+    if host.close:
+        found.append(_closing(host))
     found.append(_phone(first, qr))
     return _Part(title, tuple(intro), tuple(found))
+
+
+def _closing(host: CardHost) -> Way:
+    tools = (_knock(host.hostname, host.close), _bash(host.hostname, host.close))
+    where = ", on its jump host" if host.jump else ""
+    return Way(
+        f"To shut the port again before its time{where}",
+        tuple(command for way in tools for command in way.commands),
+        (
+            "Another sequence, which shuts it for your address: " + " ".join(map(str, host.close)),
+            "By knock, or by bash; for another tool change the ports in its command. Sessions go on.",
+        ),
+    )
 
 
 def _phone(command: str, qr: Callable[[str], QrCode] | None) -> Way:

@@ -180,6 +180,7 @@ def describe(contents: Mapping[str, bytes], former: Optional[Mapping[str, bytes]
         lines += [f"operator: {secrets.operator}", "hosts:"]
         for name, access in secrets.hosts.items():
             number = f"{len(access.sequences)} reusable, {len(access.one_time)} one-time"
+            number += f", {len(access.close)} to close" if access.close else ""
             changed = before is not None and name in before.hosts and before.hosts[name] != access
             way = f" from {access.jump}" if access.jump else ""
             lines.append(

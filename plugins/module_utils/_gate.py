@@ -25,6 +25,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._stock import chec
 
 GUARDS = ("tripwires", "strict", "loose")
 CLOSED_RESPONSES = ("mimic", "drop", "reset")
+INPUT_POLICIES = ("accept", "drop")
 
 # A client whose first SYN after the knock is lost sends it again after 1 s and after 3 s: a window must outlast both.
 SHORTEST_WINDOW = 5
@@ -39,13 +40,16 @@ EARLIEST_TIME = 1767225600
 BEGIN_TIMEOUT = 8
 
 _OPTION = "knock_server_"
+# Answers to these come in under any policy.
+_DHCP_CLIENTS = (Knock(68, "udp"), Knock(546, "udp"))
 _ALL_PORTS = 65535
 # The words of YAML 1.1, as Ansible takes them.
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 # Progress and what a packet does to it, as the rules' scratch register holds it (a traffic class, major:minor in hex).
 # Majors 1 are states on the way, majors 2 the last knock of an operator with that number, majors 7 the last knock of the
-# one-time sequence with that id; these are the rest. The template's vmap names the same values.
+# one-time sequence with that id, majors 8 that of an operator's close sequence; these are the rest. The template's vmap names
+# the same values.
 _NOTHING = "0:0"
 _AGAIN = "3:0"
 _HIGHEST_STATE = 0xFFFF
@@ -74,7 +78,8 @@ class Honoured(NamedTuple):
 
     ``number`` tells operators apart in the kernel and stays the operator's own on that host; ``sequences`` are newest first.
     ``valid_until`` is in seconds since 1970, UTC; a host whose clock is before ``valid_from`` lets nobody in who expires.
-    ``one_time`` are sequences that open once each, by ids that are never used again on that host.
+    ``one_time`` are sequences that open once each, by ids that are never used again on that host. ``close`` are those that shut
+    the window of whoever sends one.
     """
 
     number: int
@@ -82,11 +87,12 @@ class Honoured(NamedTuple):
     valid_until: Optional[int] = None
     valid_from: int = EARLIEST_TIME
     one_time: Mapping[int, Sequence[Knock]] = MappingProxyType({})
+    close: Sequence[Sequence[Knock]] = ()
 
     @property
     def every_sequence(self) -> Iterator[Sequence[Knock]]:
-        """All that opens, for good or once."""
-        return chain(self.sequences, self.one_time.values())
+        """All that opens, for good or once, and all that closes."""
+        return chain(self.sequences, self.one_time.values(), self.close)
 
 
 @dataclass(frozen=True)
@@ -107,11 +113,24 @@ class GateSettings:
     single_use: bool = False
     audit_days: int = 30
     one_time: int = 0
+    close_sequence: bool = False
+    input_policy: str = "accept"
+    open_ports: tuple[Knock, ...] = ()
 
     @property
     def protected(self) -> frozenset[int]:
         """The protected ports of either protocol."""
         return frozenset((*self.protected_tcp, *self.protected_udp))
+
+    @property
+    def served(self) -> tuple[Knock, ...]:
+        """The ports that are open where all others are closed, sorted; none where the host's own policy decides."""
+        return self.open_ports if self.input_policy == "drop" else ()
+
+    def shuts(self, port: Knock) -> bool:
+        """Whether the gate closes a port that is not protected."""
+        is_protected = port.port in (self.protected_tcp if port.proto == "tcp" else self.protected_udp)
+        return self.input_policy == "drop" and not is_protected and port not in (*self.open_ports, *_DHCP_CLIENTS)
 
 
 def settings_from(options: Mapping[str, object]) -> GateSettings:
@@ -127,6 +146,12 @@ def settings_from(options: Mapping[str, object]) -> GateSettings:
             f"{_OPTION}protected_ports: expected at most {len(_STAND_INS) // 2} ports of each protocol; got more."
         )
     trusted4, trusted6 = _trusted(options.get("trusted_sources", ()))
+    served = parse_knocks(options.get("open_ports", []), f"{_OPTION}open_ports")
+    both = [str(knock) for knock in served if knock in protected]
+    if both:
+        raise PortknockError(
+            f"{_OPTION}open_ports: expected no port of {_OPTION}protected_ports, which knocks open; got {', '.join(both)}."
+        )
     return GateSettings(
         protected_tcp=tuple(sorted(knock.port for knock in protected if knock.proto == "tcp")),
         protected_udp=tuple(sorted(knock.port for knock in protected if knock.proto == "udp")),
@@ -142,6 +167,9 @@ def settings_from(options: Mapping[str, object]) -> GateSettings:
         single_use=_flag(options, "single_use"),
         audit_days=_number(options, "audit_days", 0, LONGEST_AUDIT_DAYS, " of days"),
         one_time=check_one_time(options.get("one_time", 0)),
+        close_sequence=_flag(options, "close_sequence"),
+        input_policy=_choice(options, "input_policy", INPUT_POLICIES),
+        open_ports=tuple(sorted(served)),
     )
 
 
@@ -180,7 +208,7 @@ def build_model(
     in_sequences = {
         knock.port for operator in operators.values() for knocks in operator.every_sequence for knock in knocks
     }
-    barred = settings.protected | in_sequences | avoid
+    barred = settings.protected | in_sequences | avoid | {knock.port for knock in settings.served}
     tripwires: tuple[int, ...] = ()
     if settings.guard == "tripwires":
         tripwires = derive_tripwires(tripwire_seed, settings.tripwires, barred)
@@ -217,11 +245,24 @@ def build_model(
             for identity in sorted(operator.one_time)
         ],
         "steps": steps,
+        "close": [
+            {
+                "name": name,
+                "number": f"{operator.number:x}",
+                "knocks": [{"proto": knock.proto, "port": knock.port} for knock in knocks],
+            }
+            for name, operator in sorted(operators.items())
+            for knocks in operator.close
+        ],
         "doors": _doors(settings, operators) if opener == "knockd" else [],
         "tripwires": sorted(tripwires),
         "look_tcp": look["tcp"],
         "look_udp": look["udp"],
         "single_use": settings.single_use,
+        "input_policy": settings.input_policy,
+        "served": [str(knock) for knock in settings.served],
+        "served_tcp": [knock.port for knock in settings.served if knock.proto == "tcp"],
+        "served_udp": [knock.port for knock in settings.served if knock.proto == "udp"],
         "begin_timeout": BEGIN_TIMEOUT,
         "socket_wildcard": probe.get("socket_wildcard") is True,
         "counts": probe.get("counts") is not False,
@@ -360,6 +401,7 @@ def _automaton(settings: GateSettings, operators: Mapping[str, Honoured]) -> lis
     for operator, honoured in sorted(operators.items()):
         finals = [(knocks, f"2:{honoured.number:x}") for knocks in honoured.sequences]
         finals += [(knocks, f"7:{identity:x}") for identity, knocks in sorted(honoured.one_time.items())]
+        finals += [(knocks, f"8:{honoured.number:x}") for knocks in honoured.close]
         for knocks, final in finals:
             if not knocks or len(set(knocks)) != len(knocks):
                 raise PortknockError(f"{option}: expected each port of {operator}'s sequence once, and one at least.")
@@ -450,6 +492,7 @@ __all__ = (
     "CLOSED_RESPONSES",
     "EARLIEST_TIME",
     "GUARDS",
+    "INPUT_POLICIES",
     "LONGEST_SECONDS",
     "SHORTEST_WINDOW",
     "GateSettings",

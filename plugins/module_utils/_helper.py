@@ -1,8 +1,8 @@
 # Copyright (c) 2026, fleet.portknock contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The helper for people's own ssh: what ``portknock connect`` does as a ProxyCommand.
+"""The helper for people's own ssh: what ``portknock connect`` does as a ProxyCommand, and ``portknock close`` by hand.
 
-Knocks with the sequences of a file, and relays standard input and output through the connection that opened. Writes
+The former knocks with the sequences of a file, and relays standard input and output through the connection that opened. Writes
 nothing else to standard output; an error is one line on standard error. No secret is an argument or part of an error.
 
 ``portknock install`` and ``portknock uninstall`` are in ``_setup.py``.
@@ -18,19 +18,28 @@ import os
 import socket
 import sys
 import time
-from typing import NoReturn, Sequence
+from typing import TYPE_CHECKING, NoReturn, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._helper_secrets import Access, read_secrets
-from ansible_collections.fleet.portknock.plugins.module_utils._knocking import KnockResult, knock_and_connect, resolve
+from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
+    KnockResult,
+    knock_and_connect,
+    knock_until_closed,
+    resolve,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._relay import relay
 from ansible_collections.fleet.portknock.plugins.module_utils._usage import Usage
+
+if TYPE_CHECKING:
+    from ansible_collections.fleet.portknock.plugins.module_utils._jump import FromJump
 
 # Leaves some of the ten seconds that Ansible gives ssh by default, and that many people set as ConnectTimeout, for the
 # exchange of banners, which ssh counts too.
 DEFAULT_TIMEOUT = 8.0
 _LONGEST_TIMEOUT = 3600.0
+_SECRETS = "secrets.json"
 _NO_KNOCKS = (
     " Ask whoever runs the hosts: where the jump host is one of the gate's trusted sources, ssh gets through by ProxyJump alone, "
     "without the helper."
@@ -49,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     options = _parser().parse_args(arguments)
     try:
+        if options.command == "close":
+            return _close(options)
         if options.command != "connect":
             # Read only where it is needed: ssh waits for each connection.
             from ansible_collections.fleet.portknock.plugins.module_utils._setup import run_setup
@@ -82,26 +93,24 @@ def _parser() -> argparse.ArgumentParser:
     connect.add_argument("host", metavar="HOST", help="a name in FILE, or the host's name or address: ssh's %%h")
     connect.add_argument("port", metavar="PORT", type=_port, help="the protected port: ssh's %%p")
     connect.add_argument("--secrets", metavar="FILE", required=True, help="your file of secrets, mode 0600")
-    connect.add_argument("--name", metavar="NAME", help="the host's name in FILE, where HOST is another one")
-    family = connect.add_mutually_exclusive_group()
-    family.add_argument("-4", dest="family", action="store_const", const="inet", help="IPv4 only")
-    family.add_argument("-6", dest="family", action="store_const", const="inet6", help="IPv6 only")
-    connect.add_argument(
-        "--timeout",
-        metavar="SECONDS",
-        type=_seconds,
-        default=DEFAULT_TIMEOUT,
-        help="give up after this time; a little less than ssh's ConnectTimeout (default: %(default)g)",
+    _add_common(connect)
+    close = commands.add_parser(
+        "close",
+        help="shut your window at a host before its time",
+        description="Shut the window that your knock has opened, before its time. Sessions go on. For hosts that have a close "
+        "sequence (knock_server_close_sequence).",
+        allow_abbrev=False,
     )
-    connect.add_argument(
-        "--jump",
-        metavar="[USER@]HOST[:PORT]",
-        help="knock and connect from this host, as ssh's ProxyJump names it, in place of the one in FILE; none: from here",
+    close.add_argument("host", metavar="HOST", help="a name in FILE, or the host's name or address")
+    close.add_argument(
+        "port", metavar="PORT", type=_port, nargs="?", help="the protected port (default: the one in FILE)"
     )
-    connect.add_argument(
-        "-F", dest="config", metavar="FILE", help="ssh's configuration file for the jump host, where not its own"
+    close.add_argument(
+        "--secrets",
+        metavar="FILE",
+        help=f"your file of secrets (default: {_SECRETS} beside this program, as in a bundle)",
     )
-    connect.set_defaults(family="any")
+    _add_common(close)
     install = commands.add_parser(
         "install",
         help="make ssh use the bundle that this program came in",
@@ -118,6 +127,29 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", metavar="NAME", help="the host's name in FILE, where HOST is another one")
+    family = parser.add_mutually_exclusive_group()
+    family.add_argument("-4", dest="family", action="store_const", const="inet", help="IPv4 only")
+    family.add_argument("-6", dest="family", action="store_const", const="inet6", help="IPv6 only")
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=DEFAULT_TIMEOUT,
+        help="give up after this time; a little less than ssh's ConnectTimeout (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--jump",
+        metavar="[USER@]HOST[:PORT]",
+        help="knock and connect from this host, as ssh's ProxyJump names it, in place of the one in FILE; none: from here",
+    )
+    parser.add_argument(
+        "-F", dest="config", metavar="FILE", help="ssh's configuration file for the jump host, where not its own"
+    )
+    parser.set_defaults(family="any")
 
 
 def jump_of(arguments: Sequence[str]) -> str:
@@ -185,6 +217,46 @@ def _connect(options: argparse.Namespace, begun: float) -> socket.socket:
     return sock
 
 
+def _close(options: argparse.Namespace) -> int:
+    """Shut the window; return the exit status.
+
+    :raises PortknockError: it is still open, or nobody can say.
+    """
+    path = options.secrets or os.path.join(os.path.dirname(os.path.realpath(sys.argv[0])), _SECRETS)
+    secrets = read_secrets(path)
+    name, access = secrets.find(options.host, options.port, options.name)
+    if not access.close:
+        raise PortknockError(
+            f"HOST: expected a host with a close sequence in the file of secrets; {name} has none. Where its gate has one "
+            "(knock_server_close_sequence), ask for new secrets; its window shuts by itself in any case."
+        )
+    port = options.port or access.port
+    host = access.hostname if options.host.lower() == name.lower() else options.host
+    jump = _jump(options, access)
+    if jump:
+        result = _way_from_jump(options, host, port, jump).close(access.close, options.timeout)
+    else:
+        addresses = resolve(host, port, options.family)
+        result = knock_until_closed(addresses, access.close, port, options.timeout)
+    if result.state == "unreachable":
+        raise PortknockError(_explain(result, options, name, secrets.operator))
+    if result.state == "open":
+        raise PortknockError(
+            f"Port {port} of {name} ({result.address.host if result.address else host}) is still open after "
+            f"{result.elapsed:.1f} s. Either this address needs no knock there, or the sequence is out of date: ask for new "
+            f"secrets for the operator {secrets.operator}. The window shuts by itself in any case."
+        )
+    sys.stdout.write(f"Port {port} of {name} is closed to this address.\n")
+    return 0
+
+
+def _way_from_jump(options: argparse.Namespace, host: str, port: int, jump: str) -> FromJump:
+    # Where nobody jumps, its modules would only take time.
+    from ansible_collections.fleet.portknock.plugins.module_utils._jump import FromJump, jump_host
+
+    return FromJump(jump_host(jump, "--jump", config=options.config), host, port, options.family, options.timeout)
+
+
 def _from_jump(
     options: argparse.Namespace,
     deadline: float,
@@ -193,12 +265,9 @@ def _from_jump(
     sequences: Sequence[Sequence[Knock]],
     once: Sequence[Sequence[Knock]],
 ) -> tuple[KnockResult, socket.socket | None]:
-    # Where nobody jumps, its modules would only take time.
-    from ansible_collections.fleet.portknock.plugins.module_utils._jump import FromJump, JumpError, jump_host
+    from ansible_collections.fleet.portknock.plugins.module_utils._jump import JumpError
 
-    way = FromJump(
-        jump_host(jump, "--jump", config=options.config), host, options.port, options.family, options.timeout
-    )
+    way = _way_from_jump(options, host, options.port, jump)
     try:
         return way.connect(sequences, once, deadline)
     except JumpError as exc:

@@ -24,6 +24,8 @@ their ids, and one that is reached through jump hosts has these as ssh's ProxyJu
           "jump": "alice@bastion.example.org:2222"
         }
 
+and one with sequences that shut a window early has them as ``"close": [["44444/tcp", "12345/tcp", "33330/tcp"]]``.
+
 No error text of this module quotes the file.
 """
 
@@ -50,7 +52,7 @@ FORMAT_WITH_MORE = 2
 
 _TOP_KEYS = {"format", "operator", "hosts"}
 _HOST_KEYS = {"hostname", "port", "sequences"}
-_MORE_KEYS = {"one_time", "jump"}
+_MORE_KEYS = {"one_time", "jump", "close"}
 _ONE_TIME_KEYS = {"stamp", "sequences"}
 _ID = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 _PRINTABLE = re.compile(r"[^\x00-\x1f\x7f]+")
@@ -60,7 +62,7 @@ class Access(NamedTuple):
     """Where a host is, and what opens it: at least one sequence, likeliest first.
 
     ``one_time`` are sequences that open once each, by id, and ``stamp`` tells these ids from those of another time. ``jump`` is
-    the way there as ssh's ProxyJump takes it, empty where there is no host on it.
+    the way there as ssh's ProxyJump takes it, empty where there is no host on it. ``close`` are sequences that shut the window.
     """
 
     hostname: str
@@ -69,6 +71,7 @@ class Access(NamedTuple):
     one_time: Mapping[int, tuple[Knock, ...]] = MappingProxyType({})
     stamp: str = ""
     jump: str = ""
+    close: tuple[tuple[Knock, ...], ...] = ()
 
     def to_mapping(self) -> dict[str, object]:
         """Return what the file has of it."""
@@ -82,6 +85,8 @@ class Access(NamedTuple):
             mapping["one_time"] = {"stamp": self.stamp, "sequences": once}
         if self.jump:
             mapping["jump"] = self.jump
+        if self.close:
+            mapping["close"] = [[str(knock) for knock in knocks] for knocks in self.close]
         return mapping
 
 
@@ -95,18 +100,18 @@ class HelperSecrets(NamedTuple):
         """Return the file's content; the same secrets give the same text."""
         content = {
             "format": FORMAT_WITH_MORE
-            if any(access.one_time or access.jump for access in self.hosts.values())
+            if any(access.one_time or access.jump or access.close for access in self.hosts.values())
             else FORMAT,
             "operator": self.operator,
             "hosts": {name: access.to_mapping() for name, access in self.hosts.items()},
         }
         return json.dumps(content, indent=2) + "\n"
 
-    def find(self, host: str, port: int, name: str | None = None) -> tuple[str, Access]:
+    def find(self, host: str, port: int | None, name: str | None = None) -> tuple[str, Access]:
         """Return the name of a host and what opens it.
 
         :param host: a name in the file or the hostname that is written there, in any case.
-        :param port: tells hosts apart that share a hostname, as behind one NAT.
+        :param port: tells hosts apart that share a hostname, as behind one NAT; None where it isn't known.
         :param name: the name in the file, which settles it.
         :raises PortknockError: none fits, or more than one.
         """
@@ -215,15 +220,20 @@ def _parse_access(value: object, path: str, number: int) -> Access:
     if "jump" in value and not _is_printable(jump):
         raise _damaged(path, "a jump host as [user@]host[:port]", f"jump of {where}")
     once, stamp = _parse_one_time(value["one_time"], path, where) if "one_time" in value else ({}, "")
-    if not isinstance(sequences, list) or not (sequences or once) or not all(sequences):
+    knocks = _parse_sequences(sequences, path, f"sequences of {where}")
+    if not (knocks or once):
         raise _damaged(path, "a list of lists of port/protocol", f"sequences of {where}")
+    close = _parse_sequences(value["close"], path, f"close of {where}") if "close" in value else ()
+    return Access(hostname, port, knocks, once, stamp, jump, close)
+
+
+def _parse_sequences(value: object, path: str, place: str) -> tuple[tuple[Knock, ...], ...]:
+    if not isinstance(value, list) or not all(value):
+        raise _damaged(path, "a list of lists of port/protocol", place)
     try:
-        knocks = tuple(
-            parse_knocks(sequence, "sequences", secret=True, protocols=KNOCK_PROTOCOLS) for sequence in sequences
-        )
+        return tuple(parse_knocks(sequence, "sequences", secret=True, protocols=KNOCK_PROTOCOLS) for sequence in value)
     except PortknockError:
-        raise _damaged(path, "a list of lists of port/protocol, tcp, udp or icmp", f"sequences of {where}") from None
-    return Access(hostname, port, knocks, once, stamp, jump)
+        raise _damaged(path, "a list of lists of port/protocol, tcp, udp or icmp", place) from None
 
 
 def _parse_one_time(value: object, path: str, where: str) -> tuple[dict[int, tuple[Knock, ...]], str]:

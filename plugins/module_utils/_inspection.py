@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from typing import Any, Mapping, Optional
 
@@ -14,7 +15,9 @@ from ansible_collections.fleet.portknock.plugins.module_utils._host import Found
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
     global_ipv6_addresses,
     ports_in_use,
+    reachable_ports,
     ssh_peer,
+    ssh_session,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner, read_text
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
@@ -32,6 +35,8 @@ _TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 # Fewer one-time sequences than one in so many are few.
 _FEW = 4
 _CONNTRACK = "/proc/sys/net/netfilter"
+# As every back end's template of the gate says it where it closes all other ports.
+_OPEN_PORTS = re.compile(r"^\s*# Open ports: (.+)$", re.MULTILINE)
 
 
 def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str, Any]:
@@ -51,7 +56,7 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
             capabilities = enforcer.capabilities()
         except PortknockError as exc:
             problem = str(exc)
-    peer = ssh_peer(pid)
+    peer, session = ssh_peer(pid), ssh_session(pid)
     text = found.texts["gate"] or ""
     stock, names = found.enforcer.stock(text), found.enforcer.one_time_operators(text)
     return {
@@ -68,6 +73,7 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
                 names[number]: supply for number, supply in stock.get("operators", {}).items() if number in names
             },
             "one_time_last": stock.get("last", 0),
+            "open_ports": _open_ports(text),
         },
         "openings": _openings(host, found),
         "backend": {
@@ -79,9 +85,11 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
         },
         "init": "systemd" if os.path.isdir("/run/systemd/system") else _name_of_init(),
         "ports_in_use": [str(knock) for knock in ports_in_use()],
+        "reachable_ports": [str(knock) for knock in reachable_ports()],
         "ipv6_addresses": global_ipv6_addresses(),
         "firewalls": _firewalls(),
         "ssh_source": peer.address if peer else None,
+        "ssh_port": session.port if session else None,
         "conntrack": {
             "count": _number(f"{_CONNTRACK}/nf_conntrack_count"),
             "maximum": _number(f"{_CONNTRACK}/nf_conntrack_max"),
@@ -105,6 +113,14 @@ def _openings(host: GateHost, found: Found) -> list[dict[str, Any]]:
         }
         for record in sorted(enforcer.openings(found.listing), key=lambda record: (record.ago, str(record.source)))
     ]
+
+
+def _open_ports(text: str) -> Optional[list[str]]:
+    """The ports that a gate leaves open where it closes all others; None where it doesn't."""
+    found = _OPEN_PORTS.search(text)
+    if found is None:
+        return None
+    return [] if found.group(1) == "none" else found.group(1).split(", ")
 
 
 def one_time_warnings(report: Mapping[str, Any]) -> list[str]:

@@ -24,10 +24,11 @@ from typing import IO, Any, NamedTuple, Optional, Protocol
 
 from ansible_collections.fleet.portknock.plugins.module_utils._arrival import start
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._jumped import connect, knock, send_once
+from ansible_collections.fleet.portknock.plugins.module_utils._jumped import close, connect, knock, send_once
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     Address,
     KnockResult,
+    knock_until_closed,
     knock_with_any,
     send,
 )
@@ -158,6 +159,12 @@ class Way(Protocol):
         :raises JumpError: the jump host did not do it.
         """
 
+    def close(self, sequences: Sequence[Sequence[Knock]], timeout: float) -> KnockResult:
+        """As :func:`knock_until_closed`.
+
+        :raises JumpError: the jump host did not do it.
+        """
+
     def send(self, address: str, knocks: Sequence[Knock], gap: float) -> bool:
         """Send one sequence to one of the host's addresses, without looking; whether the host still has it.
 
@@ -193,6 +200,10 @@ class FromHere(NamedTuple):
             once=once,
         )
 
+    def close(self, sequences: Sequence[Sequence[Knock]], timeout: float) -> KnockResult:
+        """See :class:`Way`."""
+        return knock_until_closed(self.addresses, sequences, self.port, timeout, source=self.source)
+
     def send(self, address: str, knocks: Sequence[Knock], gap: float) -> bool:
         """See :class:`Way`."""
         found = next((entry for entry in self.addresses if entry.host == address), None)
@@ -221,6 +232,11 @@ class FromJump(NamedTuple):
         """See :class:`Way`."""
         request = {**self._request(sequences, once), "timeout": timeout, "banner": banner, "single_use": single_use}
         return KnockResult.from_mapping(self._ask(knock, request, timeout + banner))
+
+    def close(self, sequences: Sequence[Sequence[Knock]], timeout: float) -> KnockResult:
+        """See :class:`Way`."""
+        request = {**self._request(sequences, ()), "timeout": timeout}
+        return KnockResult.from_mapping(self._ask(close, request, timeout))
 
     def send(self, address: str, knocks: Sequence[Knock], gap: float) -> bool:
         """See :class:`Way`."""

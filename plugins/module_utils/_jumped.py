@@ -15,6 +15,7 @@ from typing import Any, Mapping, Optional
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     knock_and_connect,
+    knock_until_closed,
     knock_with_any,
     resolve,
     send,
@@ -73,6 +74,24 @@ def connect(request: Mapping[str, Any]) -> tuple[dict[str, Any], Optional[socket
     return result.to_mapping(), sock
 
 
+def close(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Shut the window of this machine.
+
+    :param request: ``sequences`` and ``timeout``; see :func:`knock_until_closed`.
+    :returns: a ``KnockResult`` as a mapping.
+    """
+    try:
+        result = knock_until_closed(
+            resolve(request["host"], request["port"], request["family"]),
+            _parsed(request["sequences"]),
+            request["port"],
+            request["timeout"],
+        )
+    except (PortknockError, OSError) as exc:
+        return {"problem": str(exc)}
+    return result.to_mapping()
+
+
 def send_once(request: Mapping[str, Any]) -> dict[str, Any]:
     """Send one sequence without looking.
 
@@ -93,4 +112,4 @@ def _parsed(sequences: Any) -> list[tuple[Knock, ...]]:
     return [parse_knocks(knocks, "sequences", secret=True, protocols=KNOCK_PROTOCOLS) for knocks in sequences]
 
 
-__all__ = ("connect", "knock", "send_once")
+__all__ = ("close", "connect", "knock", "send_once")

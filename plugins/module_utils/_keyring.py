@@ -96,6 +96,7 @@ class Operator:
 
     ``valid_until`` is when the host itself shuts the operator out, ``revoked`` when that was done for good. All times are UTC,
     such as 2026-01-31T08:15:00Z. ``one_time`` are the sequences that open once each, where the gate honours such instead.
+    ``close`` are those that shut the operator's own window, the newest first: two within a rotation, all of them honoured.
     """
 
     active: bool
@@ -106,6 +107,7 @@ class Operator:
     valid_until: str | None = None
     revoked: str | None = None
     one_time: Stock | None = None
+    close: tuple[StoredSequence, ...] = ()
 
     @property
     def opens_once(self) -> bool:
@@ -130,6 +132,7 @@ class Operator:
             yield self.next.knocks
         if self.one_time is not None:
             yield from self.one_time.sequences.values()
+        yield from (stored.knocks for stored in self.close)
 
     @property
     def is_between(self) -> bool:
@@ -171,9 +174,10 @@ class Operator:
 
     def retired(self) -> Operator:
         """Return this with the newest sequence alone. Only once the host is known to honour it."""
+        close = self.close[:1]
         if self.one_time is not None and self.one_time.retire:
-            return replace(self, one_time=self.one_time.retired(), both_since=None)
-        return replace(self, current=self.wanted, next=None, both=False, both_since=None)
+            return replace(self, one_time=self.one_time.retired(), both_since=None, close=close)
+        return replace(self, current=self.wanted, next=None, both=False, both_since=None, close=close)
 
     def to_mapping(self) -> dict[str, object]:
         return {
@@ -181,6 +185,7 @@ class Operator:
             "current": self.current.to_mapping(),
             **({} if self.next is None else {"next": self.next.to_mapping()}),
             **({} if self.one_time is None else {"one_time": _stock_mapping(self.one_time)}),
+            **({"close": [stored.to_mapping() for stored in self.close]} if self.close else {}),
             **self._marks(),
         }
 
@@ -191,6 +196,7 @@ class Operator:
             "current": _describe(self.current),
             **({} if self.next is None else {"next": _describe(self.next)}),
             **({} if self.one_time is None else {"one_time": _describe_stock(self.one_time)}),
+            **({"close": [_describe(stored) for stored in self.close]} if self.close else {}),
             **self._marks(),
         }
 
@@ -291,6 +297,14 @@ class HostSecrets:
             (name, group) for name, entry in chosen if entry.one_time is not None for group in entry.one_time.groups
         ]
 
+    def close_sequences(self, operator: str | None = None) -> list[tuple[Knock, ...]]:
+        """Return the sequences that shut a window, the newest of each operator first; empty where there are none.
+
+        :param operator: only this one's.
+        :raises PortknockError: there is no such operator.
+        """
+        return [stored.knocks for _name, entry in self._chosen(operator) if entry.active for stored in entry.close]
+
     def _chosen(self, operator: str | None) -> list[tuple[str, Operator]]:
         if operator is not None and operator not in self.operators:
             raise PortknockError(
@@ -323,6 +337,7 @@ class HostSecrets:
                 valid_until=_optional_seconds(self.operators[name].valid_until),
                 valid_from=_valid_from(self.operators[name]),
                 one_time=self.operators[name].once,
+                close=tuple(stored.knocks for stored in self.operators[name].close),
             )
             for name in operators
             if not self.operators[name].revoked
@@ -644,6 +659,11 @@ def _describe_stock(stock: Stock) -> dict[str, object]:
 
 
 def _fingerprinted(operator: Operator) -> object:
+    close = [[str(knock) for knock in stored.knocks] for stored in operator.close]
+    return {"open": _opening(operator), "close": close} if close else _opening(operator)
+
+
+def _opening(operator: Operator) -> object:
     if operator.opens_once:
         return [{identity: list(map(str, knocks)) for identity, knocks in operator.once.items()}, operator.valid_until]
     sequences = [[str(knock) for knock in stored.knocks] for stored in operator.honoured]
@@ -705,6 +725,12 @@ class _Node:
     def item(self, value: object) -> _Node:
         """A part of this value, for whose errors this place will do."""
         return _Node(value, self._place, self._path)
+
+    def items(self) -> list[_Node]:
+        """The values of a list, for whose errors its place will do."""
+        if not isinstance(self.value, list):
+            raise self.damaged("a list")
+        return [self.item(value) for value in self.value]
 
     def named(self) -> dict[str, _Node]:
         """The values of a mapping whose keys are operators' names."""
@@ -782,7 +808,9 @@ def _read_host(node: _Node) -> HostSecrets:
 
 
 def _read_operator(node: _Node) -> Operator:
-    entry = node.mapping(("active", "current"), ("next", "both", "both_since", "valid_until", "revoked", "one_time"))
+    entry = node.mapping(
+        ("active", "current"), ("next", "both", "both_since", "valid_until", "revoked", "one_time", "close")
+    )
 
     def time(name: str) -> str | None:
         return entry[name].time() if name in entry else None
@@ -796,6 +824,7 @@ def _read_operator(node: _Node) -> Operator:
         valid_until=time("valid_until"),
         revoked=time("revoked"),
         one_time=_read_stock(entry["one_time"]) if "one_time" in entry else None,
+        close=tuple(_read_sequence(item) for item in entry["close"].items()) if "close" in entry else (),
     )
 
 

@@ -32,6 +32,9 @@ GAPS = (0.0, 0.02, 0.2)
 _PATIENCE = (0.25, 0.5, 1.0)
 # A sequence that opens once has mostly been used by someone else where it does not open: the next follows soon.
 _PATIENCE_ONCE = 0.25
+# How long a port that says nothing is looked at before it counts as closed: longer than the second after which a lost SYN is
+# said again.
+_PATIENCE_CLOSED = 1.5
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.1
 _BANNER_SIZE = 255
@@ -338,6 +341,53 @@ def knock_and_connect(
     return _result(begun, attempts, last, seen, sent_once), None
 
 
+def knock_until_closed(
+    addresses: Sequence[Address],
+    sequences: Sequence[Sequence[Knock]],
+    port: int,
+    timeout: float,
+    gaps: Sequence[float] = GAPS,
+    source: str | None = None,
+) -> KnockResult:
+    """Send close sequences, all of them, until the TCP port is closed at each address: a window is one of a source and family.
+
+    :param sequences: during a rotation more than one; which of them the gate honours makes no difference.
+    :return: what the port showed last, ``open`` where any address still does; an address without a way there is passed over
+        where there is another.
+    """
+    begun = time.monotonic()
+    attempts = 0
+    left = list(addresses)
+    last: Address | None = None
+    seen = Probe("unreachable")
+    gap = gaps[0]
+    for gap in gaps:
+        # Each address is looked at once, however long that takes.
+        if attempts and time.monotonic() >= begun + timeout:
+            break
+        still = []
+        for address in left:
+            try:
+                for knocks in sequences:
+                    attempts += 1
+                    send(address, knocks, gap, source)
+                    # So that no knock of the next one overtakes the last of this.
+                    time.sleep(gap)
+                looked = probe(address.at(port), _PATIENCE_CLOSED, source=source)
+            except OSError as exc:
+                looked = Probe("unreachable", _error_name(exc.errno))
+            if looked.state == "open":
+                still.append(address)
+            if looked.state != "unreachable" or last is None:
+                last, seen = address, looked
+        left = still
+        if not left:
+            break
+    if left:
+        last, seen = left[0], Probe("open")
+    return KnockResult(seen.state, last, time.monotonic() - begun, attempts, gap, -1, seen.error)
+
+
 def _rounds(count: int, once: int, gaps: Sequence[float]) -> Iterator[list[tuple[int, float, float]]]:
     """The rounds of an attempt: for each knock with a sequence its index, the gap, and how long to wait for the port to open.
 
@@ -529,6 +579,7 @@ __all__ = (
     "KnockResult",
     "Probe",
     "knock_and_connect",
+    "knock_until_closed",
     "knock_until_open",
     "knock_with_any",
     "probe",

@@ -8,7 +8,7 @@ import re
 from typing import Iterator, Match
 
 # Sets that hold what the inventory says openly. Whatever isn't named here is masked, so that a new set starts secret.
-PUBLIC_SETS = frozenset({"protected_tcp", "protected_udp", "trusted4", "trusted6"})
+PUBLIC_SETS = frozenset({"protected_tcp", "protected_udp", "served_tcp", "served_udp", "trusted4", "trusted6"})
 _SET = re.compile(
     r"(?P<kind>\b(?:set|map)\s+)(?P<name>[A-Za-z0-9_]+)"
     r"(?P<head>\s*\{(?:[^{}]|\{[^{}]*\})*?elements\s*=\s*\{)(?P<elements>[^{}]*)\}"

@@ -65,8 +65,10 @@ class NewSequences:
         self._random = random
         self._taken = set(barred)
         for operator in known:
-            stored = (operator.current, operator.next)
+            stored = (operator.current, operator.next, *operator.close)
             self._taken.update(knock.port for sequence in stored if sequence for knock in sequence.knocks)
+            # Of those that open once, which are many, only what none may begin with.
+            self._taken.update(knocks[0].port for knocks in operator.once.values())
 
     def make(self) -> StoredSequence:
         """Return a new one.
@@ -109,6 +111,7 @@ def plan_secrets(
     readmit: Sequence[str] = (),
     valid_until: Mapping[str, str] | None = None,
     one_time: int = 0,
+    close_sequence: bool = False,
     is_bare: bool = False,
     random: Random | None = None,
 ) -> Plan:
@@ -124,6 +127,7 @@ def plan_secrets(
     * With ``one_time``, each operator has that many one-time sequences, which the gate honours instead of the reusable one:
       new ones where fewer than half are left, where the number was raised, and where what there was may have been used.
       Without, they go once the gate is known to honour the reusable sequence.
+    * With ``close_sequence``, each operator has a sequence that shuts their window; without, they have none.
     * An entry that was marked removed is live again.
     * Packages are noted, and so is a gate that is to be a single-use one; neither changes secrets, so the generation stays.
       That it is one no more is noted by :meth:`HostSecrets.promoted`: until then clients have to reckon with it.
@@ -182,6 +186,11 @@ def plan_secrets(
             for name in names
             if planned[name].has_expired(now)
         ]
+    begins = {knocks[0] for several in sequences.values() for knocks in several}
+    planned = {
+        name: entry if entry.revoked else replace(entry, close=_closing(entry, close_sequence, protected, begins, new))
+        for name, entry in planned.items()
+    }
     adopted = (
         existing is not None
         and state is not None
@@ -207,7 +216,10 @@ def plan_secrets(
             stock = left.filled(one_time, added)
         planned[name] = replace(entry, one_time=stock)
     _check_first_knocks(
-        {name: [*(stored.knocks for stored in entry.honoured), *entry.once.values()] for name, entry in planned.items()}
+        {
+            name: [*(stored.knocks for stored in (*entry.honoured, *entry.close)), *entry.once.values()]
+            for name, entry in planned.items()
+        }
     )
     for name, former in known.items():
         planned.setdefault(name, replace(former, active=False))
@@ -290,6 +302,25 @@ def _clear_of(protected: AbstractSet[int], name: str, entry: Operator, new: NewS
         # The former sequence of a rotation: honoured no more, but known until the other is proved.
         return replace(entry, both=False, both_since=None)
     return entry
+
+
+def _closing(
+    entry: Operator, wanted: bool, protected: AbstractSet[int], begins: AbstractSet[Knock], new: NewSequences
+) -> tuple[StoredSequence, ...]:
+    """The sequences that are to shut an operator's window: what is there, as far as the gate can honour it, or a new one.
+
+    :param begins: knocks that sequences which were given begin with.
+    """
+    if not wanted:
+        return ()
+    # The former one of a rotation that something else has ended.
+    stored = entry.close if entry.is_between else entry.close[:1]
+    kept = [
+        one
+        for one in stored
+        if one.knocks[0] not in begins and not any(knock.port in protected for knock in one.knocks)
+    ]
+    return tuple(kept) or (new.make(),)
 
 
 def _newcomer(sequences: Sequence[StoredSequence]) -> Operator:

@@ -63,6 +63,18 @@ def tcp_listeners(proc: str = "/proc") -> dict[str, list[int]]:
     return {family: sorted(ports) for family, ports in found.items()}
 
 
+def reachable_ports(proc: str = "/proc") -> list[Knock]:
+    """The ports on which a service can be reached from outside, sorted."""
+    found = {Knock(port, "tcp") for ports in tcp_listeners(proc).values() for port in ports}
+    for table in ("udp", "udp6"):
+        for fields in _rows(os.path.join(proc, "net", table)):
+            if len(fields) > 3 and fields[3] == _WAITING["udp"]:
+                address, _colon, port = fields[1].rpartition(":")
+                if _families(_address(address)):
+                    found.add(Knock(int(port, 16), "udp"))
+    return sorted(found)
+
+
 def tcp_sessions(ports: AbstractSet[int], proc: str = "/proc") -> list[Session]:
     """The tcp connections with services on these ports, sorted. Of a link-local far end, the interface is not told."""
     found = set()
@@ -173,6 +185,7 @@ __all__ = (
     "Session",
     "global_ipv6_addresses",
     "ports_in_use",
+    "reachable_ports",
     "ssh_connection",
     "ssh_peer",
     "ssh_session",

@@ -102,7 +102,7 @@ def begin(
     in_use: AbstractSet[int] = frozenset(),
     random: Random | None = None,
 ) -> Step:
-    """Give each operator a new sequence beside the one that they have, for the gate to honour both.
+    """Give each operator a new sequence beside the one that they have, for the gate to honour both; likewise to close.
 
     One who is between two sequences already is not given a third, and neither is one whom this rotation has given theirs.
 
@@ -127,9 +127,12 @@ def begin(
         done[name] = _reason_to_leave(operator, entry.rotation == rotation) or MADE
         if done[name] != MADE:
             continue
+        if operator.close:
+            operator = replace(operator, close=(new.make(), operator.close[0]))
         if operator.one_time is None or not operator.one_time.wanted:
             operators[name] = replace(operator, next=new.make(), both=True, both_since=None)
             continue
+        operators[name] = operator
         begun = {knocks[0] for kept in operators.values() for knocks in kept.every_sequence}
         added = draw(
             operator.one_time.size, last_id, length, protocols, {*nmap_ports, *in_use, *protected}, begun, random

@@ -57,11 +57,23 @@ options:
     type: str
   knocks:
     description:
-      - The sequence, a list such as C([port/tcp, port/udp]), given by hand instead of taken from the keyring.
+      - The sequence, a list such as C([port/tcp, port/udp]), given by hand instead of taken from the keyring. With
+        O(state=closed) it is the close sequence.
       - C(bytes/icmp) is an echo request with that many bytes of payload, as C(ping -s) sends it, for gates of other kinds. The
         system has to let the user send it (on Linux C(net.ipv4.ping_group_range), or root).
       - Give it by a vault-encrypted variable. Ansible itself shows the text of a task that fails.
     type: raw
+  state:
+    description:
+      - V(opened) knocks until the port opens.
+      - V(closed) sends the close sequence, which shuts the window of the controller's address before its time, over each of the
+        host's addresses, until the port is seen to be closed. Sessions go on. The host needs one
+        (O(fleet.portknock.knock_server#role:knock_server_close_sequence)).
+      - Neither makes the task fail by itself where the port turns out otherwise; O(expect) does. A trusted source always sees it
+        open.
+    type: str
+    choices: [opened, closed]
+    default: opened
   knock:
     description: With V(false), nothing is sent but one look at the port.
     type: bool
@@ -84,6 +96,11 @@ EXAMPLES = r"""
 - name: Open the way for a tool that does not knock itself
   fleet.portknock.knock:
     expect: open
+
+- name: Shut the way again when the tool has done its work
+  fleet.portknock.knock:
+    state: closed
+    expect: closed
 
 - name: See from here that the port is closed
   fleet.portknock.knock:

@@ -105,6 +105,12 @@ gate:
     one_time_last:
       description: The highest id of a one-time sequence that this host knows of; 0 without any.
       type: int
+    open_ports:
+      description:
+        - The ports that the confirmed gate leaves open where it closes all that are not protected, as port/protocol.
+        - V(null) where it closes none of these.
+      type: list
+      elements: str
 openings:
   description:
     - Who opened the gate from where, the latest first, one entry for each operator and source, for as many days as
@@ -159,6 +165,11 @@ ports_in_use:
   returned: always
   type: list
   elements: str
+reachable_ports:
+  description: Those of O(ignore:ports_in_use) whose services wait on more than loopback addresses.
+  returned: always
+  type: list
+  elements: str
 ipv6_addresses:
   description: The host's global IPv6 addresses.
   returned: always
@@ -173,6 +184,10 @@ ssh_source:
   description: Address that this connection comes from, as the host sees it; V(null) where it is not an ssh connection.
   returned: always
   type: str
+ssh_port:
+  description: The host's own port that this connection goes to; V(null) where it is not an ssh connection.
+  returned: always
+  type: int
 conntrack:
   description: Entries that the kernel's connection tracking holds, and the most it can hold; both V(null) where it is not active.
   returned: always

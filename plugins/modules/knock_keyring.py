@@ -120,6 +120,12 @@ options:
       - Without it what is noted stays. M(fleet.portknock.knock_gate) takes the note off when a gate was proved that is none.
     type: bool
     default: false
+  close_sequence:
+    description:
+      - With O(state=present), that each operator is to have a sequence, too, that shuts the window of whoever sends it. Without,
+        those that there are go.
+    type: bool
+    default: false
   readmit:
     description:
       - With O(state=present), names among O(operators) who were revoked and may knock again, each with a new sequence.

@@ -299,7 +299,9 @@ def _access(target: Target, operator: str) -> Access:
         identity: knocks for _name, group in target.secrets.one_time(operator) for identity, knocks in group.items()
     }
     stamp = target.secrets.stamp if once else ""
-    return Access(target.hostname, target.port, tuple(reusable), once, stamp, _jump(target.jump, target.secrets.host))
+    jump = _jump(target.jump, target.secrets.host)
+    close = tuple(target.secrets.close_sequences(operator))
+    return Access(target.hostname, target.port, tuple(reusable), once, stamp, jump, close)
 
 
 def _on_card(target: Target, access: Access) -> CardHost:
@@ -313,6 +315,7 @@ def _on_card(target: Target, access: Access) -> CardHost:
         access.jump,
         target.user,
         one_time=not access.sequences,
+        close=access.close[0] if access.close else (),
     )
 
 

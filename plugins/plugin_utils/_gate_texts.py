@@ -69,6 +69,7 @@ def with_throwaway_secrets(
         protected={*settings.protected_tcp, *settings.protected_udp},
         in_use={knock.port for knock in in_use},
         one_time=settings.one_time,
+        close_sequence=settings.close_sequence,
         state=read_host_state(found["gate"]) if settings.one_time else None,
         is_bare=found["gate"]["present"] is False,
     ).secrets

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -111,3 +112,37 @@ def test_not_through_a_jump_host(lab: Lab) -> None:
     assert f"host: expected one that ssh reaches directly; got {acc.SERVER4}" in outcome.output
     assert lab.knocks == 0
     assert result(knock(lab, host=acc.SERVER4))["state"] == "open"
+
+
+CLOSE = acc.RETIRED
+SHUTS = "".join(
+    f"    tcp dport {CLOSE[1].port} delete @open{name} {{ {key} saddr }}\n" for name, key in (("4", "ip"), ("6", "ip6"))
+)
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["keyring", "by hand"])
+def test_shuts_the_window_again(lab: Lab, by_hand: bool) -> None:
+    """A gate of another kind: what the module sends is tried here, what the role's gate makes of it in ``tests/netns``."""
+    lab.gate(extra=SHUTS)
+    given: dict[str, Any] = {"knocks": [str(step) for step in CLOSE]} if by_hand else {}
+    if not by_hand:
+        closing = acc.operator(CLOSE).current
+        lab.keep(("default", dataclasses.replace(acc.operator(acc.RIGHT), close=(closing,))))
+    assert result(knock(lab, expect="open"))["state"] == "open"
+    assert result(knock(lab, knock=False))["state"] == "open"
+    outcome = knock(lab, state="closed", expect="closed", **given)
+    shown = result(outcome)
+    assert (shown["state"], shown["attempts"], shown["port"], shown["changed"]) == ("reset", 1, acc.PORT, False)
+    assert result(knock(lab, knock=False))["state"] == "reset"
+    assert not acc.SECRETS.search(outcome.output)
+
+
+def test_shuts_nothing_without_a_sequence(lab: Lab) -> None:
+    outcome = knock(lab, state="closed")
+    assert outcome.code == 2
+    assert (
+        "state: expected a host with a close sequence (knock_server_close_sequence); the keyring holds none for web1."
+        in (outcome.output)
+    )
+    assert "knock: expected true with state=closed" in knock(lab, state="closed", knock=False).output
+    assert lab.knocks == 0

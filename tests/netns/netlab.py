@@ -291,6 +291,7 @@ class Lab:
         avoid: frozenset[int] = frozenset(),
         validity: Optional[Mapping[str, tuple[int, int]]] = None,
         one_time: Optional[Mapping[str, Mapping[int, Sequence[Knock]]]] = None,
+        close: Optional[Mapping[str, Sequence[Sequence[Knock]]]] = None,
         opener: str = "kernel",
         **options: object,
     ) -> tuple[str, dict[str, Any]]:
@@ -310,6 +311,8 @@ class Lab:
             }
         for name, (begin, end) in (validity or {}).items():
             operators[name] = operators[name]._replace(valid_from=begin, valid_until=end)
+        for name, several in (close or {}).items():
+            operators[name] = operators[name]._replace(close=several)
         probe = probe or {"socket_wildcard": True, "one_time": True}
         model = build_model(settings, operators, SEED, avoid, probe, opener)
         return self.rendered(f"nftables/{template}.nft.j2", model), model

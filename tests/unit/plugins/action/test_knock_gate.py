@@ -12,8 +12,9 @@ import pytest
 from ansible.errors import AnsibleConnectionFailure
 from ansible_collections.fleet.portknock.plugins.action import knock_gate
 from ansible_collections.fleet.portknock.plugins.action.knock_gate import ActionModule
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import Abilities
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._gate import Honoured
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, Honoured, settings_from
 from ansible_collections.fleet.portknock.plugins.module_utils._jump import JumpError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination
@@ -204,3 +205,73 @@ def test_nobody_shuts_out_whom_the_connection_knocks_as(operator: str | None) ->
     says = r"^knock_operator: expected .* let in \(alice\), .*; got bob\.$"
     with pytest.raises(PortknockError, match=says) if operator == "bob" else nullcontext():
         asking._check_way_in(settings, Destination("web1", 22, proxied=False), FOUND, None, operator, alice)
+
+
+def closing(*open_ports: str, **options: Any) -> GateSettings:
+    return settings_from({"input_policy": "drop", "open_ports": list(open_ports), **options})
+
+
+@pytest.mark.parametrize(
+    ("settings", "ssh_port", "missing"),
+    [
+        (closing(), 22, None),
+        (closing(), None, None),
+        (closing(), 2222, "2222/tcp"),
+        (closing("2222/tcp"), 2222, None),
+        (closing("2222/udp"), 2222, "2222/tcp"),
+        (closing(protected_ports=["443/tcp"]), None, "22/tcp"),
+        (closing("22/tcp", protected_ports=["443/tcp"]), None, None),
+        # A trusted source needs no knock, and comes by the same ports as everybody.
+        (closing(trusted_sources=["192.0.2.0/24"], protected_ports=["443/tcp"]), 22, "22/tcp"),
+        (settings_from({"protected_ports": ["443/tcp"], "open_ports": ["80/tcp"]}), 22, None),
+    ],
+)
+def test_nobody_closes_the_port_that_ssh_comes_by(
+    settings: GateSettings, ssh_port: int | None, missing: str | None
+) -> None:
+    """By the host's own number, where that is known: a router's may be another."""
+    found = {**FOUND, "ssh_port": ssh_port}
+    says = rf"^knock_server_open_ports: expected {missing} among them, or among knock_server_protected_ports, since ssh comes in"
+    with pytest.raises(PortknockError, match=says) if missing else nullcontext():
+        Asking._check_open_ports(settings, Destination("web1", 22, proxied=False), found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "before", "told"),
+    [
+        (closing("80/tcp"), None, "53/udp, 443/tcp"),
+        (closing("80/tcp"), [], "53/udp, 443/tcp"),
+        (closing("80/tcp"), ["80/tcp"], ""),
+        (closing("80/tcp", "443/tcp", "53/udp"), None, ""),
+        (settings_from({}), None, ""),
+    ],
+)
+def test_services_that_are_shut_are_told_of_once(
+    settings: GateSettings, before: list[str] | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(knock_gate, "display", SimpleNamespace(warning=said.append))
+    found = {"gate": {"open_ports": before}, "reachable_ports": ["22/tcp", "53/udp", "68/udp", "80/tcp", "443/tcp"]}
+    Asking()._warn_of_shut(settings, found)
+    assert [bool(told)] == [len(said) == 1 and f"wait: {told}. Those that" in said[0]]
+    assert len(said) == bool(told)
+
+
+@pytest.mark.parametrize(("option", "value"), [("one_time", 20), ("close_sequence", True), ("input_policy", "drop")])
+def test_what_a_back_end_can_not_do(option: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    able = Abilities("kernel", one_time=True, protocols=("tcp",), close_sequence=True, input_policy=True)
+    unable = {"nftables": able, "crutch": Abilities("kernel", one_time=False, protocols=("tcp",))}
+    monkeypatch.setattr(knock_gate, "BACK_ENDS", unable)
+    settings = settings_from({option: value})
+    Asking(backend="nftables")._check_abilities(settings)
+    Asking(backend="crutch")._check_abilities(settings_from({}))
+    with pytest.raises(
+        PortknockError, match=rf"^knock_server_{option}: expected a back end that .* \(nftables\); got crutch\.$"
+    ):
+        Asking(backend="crutch")._check_abilities(settings)
+
+
+def test_an_open_port_is_no_closed_one_to_compare_with() -> None:
+    asking = Asking({"closed": [], "opened": [], "notes": []}, proof="host")
+    asking._prove({"addresses": []}, {"knocks": [], "served": ["40000/tcp"]}, OUTCOME)
+    assert asking.asked[0][1]["ports_in_use"] == ["40000/tcp"]

@@ -152,6 +152,42 @@ def test_single_use(value: object, expected: bool) -> None:
     assert model(settings)["single_use"] is expected
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_policy": "reject"}, "input_policy: expected one of accept, drop; got 'reject'."),
+        ({"input_policy": False}, "input_policy: expected one of accept, drop; got False."),
+        ({"open_ports": "80/tcp"}, "open_ports: expected a list such as [22/tcp]; got '80/tcp'."),
+        (
+            {"open_ports": ["80"]},
+            "open_ports: expected port/protocol, a port from 1 to 65535 and tcp or udp, such as 22/tcp; got '80'.",
+        ),
+        (
+            {"open_ports": ["80/tcp", "22/tcp"]},
+            "open_ports: expected no port of knock_server_protected_ports, which knocks open; got 22/tcp.",
+        ),
+    ],
+)
+def test_bad_input_policy(options: dict[str, object], message: str) -> None:
+    with pytest.raises(PortknockError, match=f"^{re.escape('knock_server_' + message)}$"):
+        settings_from(options)
+
+
+def test_what_stays_open() -> None:
+    """Of one port number the protocol counts; with the default nothing is said of other ports."""
+    ports = {"open_ports": ["443/tcp", "22/udp", "80/tcp"]}
+    shut = settings_from({"input_policy": "drop", **ports})
+    seen = [shut.shuts(Knock(*port)) for port in ((22, "tcp"), (22, "udp"), (80, "udp"), (81, "tcp"), (68, "udp"))]
+    assert seen == [False, False, True, True, False]
+    assert [model(shut)[name] for name in ("served", "served_tcp", "served_udp")] == [
+        ["22/udp", "80/tcp", "443/tcp"],
+        [80, 443],
+        [22],
+    ]
+    plain = settings_from(ports)
+    assert (plain.shuts(Knock(81, "tcp")), model(plain)["served"]) == (False, [])
+
+
 def test_the_model_is_plain_and_repeats_itself() -> None:
     settings = settings_from({"protected_ports": ["22/tcp", "2222/tcp", "51820/udp"]})
     one, two = model(settings), model(settings)
@@ -161,10 +197,15 @@ def test_the_model_is_plain_and_repeats_itself() -> None:
     assert set(one) == {
         *(
             "audit_days",
+            "close",
             "closed_response",
             "counts",
             "doors",
             "guard",
+            "input_policy",
+            "served",
+            "served_tcp",
+            "served_udp",
             "look_tcp",
             "look_udp",
             "max_sources",

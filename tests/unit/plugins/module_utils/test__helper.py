@@ -165,3 +165,29 @@ def test_help_names_what_ssh_gives(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["connect", "--help"])
     assert "portknock connect --secrets FILE %h %p" in " ".join(capfd.readouterr().out.split())
+
+
+def test_close_without_a_close_sequence(
+    file: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = "HOST: expected a host with a close sequence in the file of secrets; web1 has none."
+    assert said(["close", "web1", "--secrets", file], capfd).startswith(message)
+    # As it is in a bundle.
+    monkeypatch.setattr("sys.argv", [str(Path(file).with_name("portknock"))])
+    assert said(["close", "web1"], capfd).startswith(message)
+    monkeypatch.setattr("sys.argv", ["/nowhere/portknock"])
+    assert said(["close", "web1"], capfd).startswith(
+        "/nowhere/secrets.json: expected the file of secrets; there is none."
+    )
+
+
+def test_close_where_it_stays_open(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "secrets.json"
+    path.write_text(HelperSecrets("alice", {"web1": Access("127.0.0.1", 22, (SEQUENCE,), close=(SEQUENCE,))}).to_text())
+    path.chmod(0o600)
+    with socket.create_server(("127.0.0.1", 0)) as service:
+        port = str(service.getsockname()[1])
+        text = said(["close", "web1", port, "--secrets", str(path)], capfd)
+    assert text.startswith(f"Port {port} of web1 (127.0.0.1) is still open after ")
+    assert main(["close", "web1", port, "--secrets", str(path)]) == 0
+    assert capfd.readouterr() == (f"Port {port} of web1 is closed to this address.\n", "")

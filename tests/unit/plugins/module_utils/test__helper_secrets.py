@@ -223,3 +223,17 @@ def test_refuses_what_is_no_text(file: Path) -> None:
     with pytest.raises(PortknockError, match=r": expected UTF-8 as the content; got something else\.") as caught:
         read_secrets(str(file))
     assert not PORTS.search(str(caught.value))
+
+
+def test_a_host_with_a_close_sequence() -> None:
+    access = Access("192.0.2.7", 22, (FIRST,), close=(SECOND, FIRST))
+    text = HelperSecrets("alice", {"web1": access}).to_text()
+    assert parse_secrets(text, "FILE").hosts["web1"] == access
+    data = json.loads(text)
+    assert (data["format"], len(data["hosts"]["web1"]["close"])) == (2, 2)
+    every: list[Any] = ["44441/tcp", ["44441/tcp"], [[]], [["44441"]]]
+    for damaged in every:
+        data["hosts"]["web1"]["close"] = damaged
+        with pytest.raises(PortknockError, match="as close of host number 1; got something else") as caught:
+            parse_secrets(json.dumps(data), "FILE")
+        assert not PORTS.search(str(caught.value))

@@ -149,9 +149,23 @@ def test_a_proof_is_made_there() -> None:
     assert seen == {"addresses": [["inet", "127.0.0.2", 22]], "others": [], "sources": [HERE]}
 
 
+def test_close_from_there(service: int) -> None:
+    """What is never closed says so; what is, is seen from there, too."""
+    result = way(JUMP, service).close([SEQUENCE, SEQUENCE], 0.1)
+    assert (result.state, result.address) == ("open", Address(socket.AF_INET, (HERE, service)))
+    assert result.attempts % 2 == 0
+    with socket.socket() as closed:
+        closed.bind((HERE, 0))
+        assert way(JUMP, closed.getsockname()[1]).close([SEQUENCE], 5.0).state == "reset"
+
+
 def test_a_name_that_is_not_known_there(service: int) -> None:
     elsewhere = way(JUMP, service)._replace(host="no..name")
-    for ask in (lambda: elsewhere.knock([SEQUENCE], 1.0), lambda: elsewhere.send(HERE, SEQUENCE, 0.0)):
+    for ask in (
+        lambda: elsewhere.knock([SEQUENCE], 1.0),
+        lambda: elsewhere.send(HERE, SEQUENCE, 0.0),
+        lambda: elsewhere.close([SEQUENCE], 1.0),
+    ):
         with pytest.raises(
             JumpError, match=r"\ASeen from the jump host bastion: host: expected a name or an"
         ) as caught:

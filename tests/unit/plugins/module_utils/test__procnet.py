@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._procnet import (
     Session,
     global_ipv6_addresses,
     ports_in_use,
+    reachable_ports,
     ssh_peer,
     ssh_session,
     tcp_listeners,
@@ -141,3 +143,20 @@ def test_peer_that_is_no_address_is_none() -> None:
 def test_no_peer_without_ssh(tmp_path: Path) -> None:
     assert ssh_peer(1) is None
     assert ssh_peer(4, str(tmp_path)) is None
+
+
+def test_datagrams_that_can_be_sent_from_outside() -> None:
+    """Not those to a loopback address, and none of a socket that is connected: it takes answers only."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(3)]
+        sockets[0].bind(("0.0.0.0", 0))
+        sockets[1].bind(("127.0.0.1", 0))
+        sockets[2].bind(("0.0.0.0", 0))
+        sockets[2].connect(("127.0.0.1", 9))
+        both = stack.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+        both.bind(("::", 0))
+        listener = stack.enter_context(socket.create_server(("0.0.0.0", 0)))
+        found = reachable_ports()
+        ports = [Knock(one.getsockname()[1], "udp") for one in (*sockets, both)]
+        assert [port in found for port in ports] == [True, False, False, True]
+        assert Knock(listener.getsockname()[1], "tcp") in found

@@ -245,3 +245,21 @@ def test_nothing_else_is_written_over(tmp_path: Path) -> None:
         PortknockError, match=r"expected a bundle, as client\.yml makes it, at .*/none; got: No such file"
     ):
         load(str(tmp_path / "none"))
+
+
+def test_close_sequences_are_their_operators() -> None:
+    """Of her own the newest first; the card has that one, in the host's part alone."""
+    alice = Operator(True, ALICE, close=(ROTATED, sequence(44000)))
+    targets = [
+        target("web1", "192.0.2.1", alice=alice, bob=Operator(True, BOB, close=(sequence(45000),))),
+        target("web2", "192.0.2.2", alice=Operator(True, sequence(46000))),
+    ]
+    whole = whole_bundle("alice", targets)
+    hosts = bundle("alice", targets).hosts
+    assert hosts["web1"].close == (ROTATED.knocks, sequence(44000).knocks)
+    assert hosts["web2"].close == ()
+    assert not [name for name, content in whole.files.items() if b"45020" in content]
+    card = whole.files["card.txt"].decode()
+    assert card.count("To shut the port again before its time") == 1
+    assert "knock -d 200 192.0.2.1 42000:tcp 42020:tcp 42010:tcp" in card
+    assert "44020" not in card

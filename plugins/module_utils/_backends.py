@@ -50,7 +50,7 @@ class Abilities(NamedTuple):
 
 BACK_ENDS: Mapping[str, Abilities] = {
     "nftables": Abilities("kernel", one_time=True, protocols=("tcp", "udp"), close_sequence=True, input_policy=True),
-    "knockd": Abilities("knockd", one_time=True, protocols=("tcp", "udp"), input_policy=True),
+    "knockd": Abilities("knockd", one_time=True, protocols=("tcp", "udp"), close_sequence=True, input_policy=True),
 }
 # In the order in which they are written. The gate comes last: it alone is what a reboot brings back, and it has the same path
 # whatever enforces it, so that a change of the back end has one moment, too. A key means the same file to all who have it.

@@ -432,26 +432,29 @@ def _automaton(settings: GateSettings, operators: Mapping[str, Honoured]) -> lis
 
 
 def _doors(settings: GateSettings, operators: Mapping[str, Honoured]) -> list[dict[str, object]]:
-    """What knockd waits for: each sequence with its operator's number, and its id where it opens once; those come last.
+    """What knockd waits for: each sequence with its operator's number, whether it shuts, and its id where it opens once; those
+    come last.
 
     knockd has one time for a whole sequence, in whole seconds of the clock, so that one which has just begun may count: as long
     as every step may take, and one more.
     """
-    reusable = [(one.number, "", knocks) for _name, one in sorted(operators.items()) for knocks in one.sequences]
+    every = [one for _name, one in sorted(operators.items())]
+    reusable = [(one.number, "", False, knocks) for one in every for knocks in one.sequences]
+    reusable += [(one.number, "", True, knocks) for one in every for knocks in one.close]
     once = [
-        (one.number, f"{identity:x}", knocks)
-        for _name, one in sorted(operators.items())
+        (one.number, f"{identity:x}", False, knocks)
+        for one in every
         for identity, knocks in sorted(one.one_time.items())
     ]
     option = f"{_OPTION}sequences"
-    for _number, _identity, knocks in (*reusable, *once):
+    for *_door, knocks in (*reusable, *once):
         if len(knocks) > _KNOCKD_LONGEST:
             raise PortknockError(
                 f"{option}: expected at most {_KNOCKD_LONGEST} knocks with {_OPTION}backend=knockd; got {len(knocks)}."
             )
-    most = max((len(knocks) for _number, _identity, knocks in once), default=0)
+    most = max((len(knocks) for *_door, knocks in once), default=0)
     waiting = sum(min(_KNOCKD_ONE_TIME, len(operator.one_time)) for operator in operators.values()) * most
-    waiting += sum(len(knocks) for _number, _identity, knocks in reusable)
+    waiting += sum(len(knocks) for *_door, knocks in reusable)
     if waiting > _KNOCKD_MOST:
         raise PortknockError(
             f"{_OPTION}operators: expected at most {_KNOCKD_MOST} knocks in all of the sequences that knockd waits for; got "
@@ -461,10 +464,11 @@ def _doors(settings: GateSettings, operators: Mapping[str, Honoured]) -> list[di
         {
             "number": f"{number:x}",
             "id": identity,
+            "shuts": shuts,
             "knocks": [f"{knock.port}:{knock.proto}" for knock in knocks],
             "timeout": settings.step_timeout * (len(knocks) - 1) + 1,
         }
-        for number, identity, knocks in (*reusable, *once)
+        for number, identity, shuts, knocks in (*reusable, *once)
     ]
 
 

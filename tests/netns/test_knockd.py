@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -154,6 +155,26 @@ def test_single_use(lab: Lab, opener: Opener) -> None:
             wait_until_open(lab, source)
             # A knock that was late may have opened it once more.
             wait_for(lambda source=source: lab.look(source) == "reset", SECONDS, "the window is used up")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_close_sequence(lab: Lab, opener: Opener, family: int) -> None:
+    """It shuts its own source's window, and nobody else's."""
+    opener.gate(sequences={"alice": [ALICE]}, close={"alice": [BOB]}, open_window=600)
+    opener.start()
+    mine, other = lab.source(family), lab.source(family)
+    wait_until_open(lab, mine)
+    wait_until_open(lab, other)
+
+    def is_shut() -> bool:
+        lab.touch(mine, *BOB)
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: lab.look(mine) == "reset", 0.5, "a window that is shut")
+            return True
+        return False
+
+    wait_for(is_shut, SECONDS, "the window is shut")
+    assert lab.look(other) == "open"
 
 
 def test_a_burst_of_junk_does_no_harm(lab: Lab, ready: Opener) -> None:
@@ -337,15 +358,25 @@ def test_two_at_once_with_the_same_sequence(lab: Lab, opener: Opener, watched: W
 
 
 def test_where_no_port_of_a_sequence_is(lab: Lab, ready: Opener) -> None:
-    """Arguments of processes, what the supervisor writes, the rules, and files that others can read."""
+    """Arguments and environment of processes, what the supervisor writes, and the rules."""
+    told = ready.folder / "told"
+    ready.write(
+        "open.sh",
+        f"{{ printf '%s ' \"$0\" \"$@\"; env; tr '\\0' ' ' </proc/$PPID/cmdline; }} >{told}.new; mv {told}.new {told}\n",
+    )
     source = lab.source()
-    seen = [ready.said()]
-    lab.touch(source, *ALICE)
-    end = time.monotonic() + 1.0
-    while time.monotonic() < end:
-        seen.append(subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout)
-    assert lab.look(source) == "open"
-    seen += [ready.said(), lab.text, json.dumps(lab.listing())]
+
+    def is_told() -> bool:
+        lab.touch(source, *ALICE)
+        with contextlib.suppress(AssertionError):
+            wait_for(told.exists, 0.5, "the command")
+        return told.exists()
+
+    wait_for(is_told, SECONDS, "the command is run")
+    assert f" 1 {source} " in told.read_text()
+    processes = subprocess.run(["ps", "axeww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert "/usr/sbin/knockd -i h0" in processes
+    seen = [told.read_text(), processes, ready.said(), lab.text, json.dumps(lab.listing())]
     numbers = {str(knock.port) for knock in (*ALICE, *BOB)}
     assert [number for text in seen for number in numbers if re.search(rf"(?<![0-9]){number}(?![0-9])", text)] == []
 
@@ -355,7 +386,11 @@ def test_where_no_port_of_a_sequence_is(lab: Lab, ready: Opener) -> None:
     [
         (["1", "192.0.2.9; reboot"], "h0"),
         (["1", "$(reboot)"], "h0"),
+        (["1", "192.0.2.9, 192.0.2.10"], "h0"),
+        (["1", "localhost"], "h0"),
         (["x", "192.0.2.9"], "h0"),
+        (["shutter", "192.0.2.9"], "h0"),
+        (["shut", "192.0.2.9", "1"], "h0"),
         (["", "192.0.2.9"], "h0"),
         (["1", ""], "h0"),
         (["1", "192.0.2.9", "5 }"], "h0"),

@@ -387,10 +387,22 @@ def test_doors() -> None:
         "bob": Honoured(10, [], one_time={255: (D, E, F)}),
     }
     first, second, once = doors(operators, step_timeout=5)["doors"]
-    assert first == {"number": "1", "id": "", "knocks": ["50001:tcp", "41007:tcp", "61009:tcp"], "timeout": 11}
+    assert first == {
+        "number": "1",
+        "id": "",
+        "shuts": False,
+        "knocks": ["50001:tcp", "41007:tcp", "61009:tcp"],
+        "timeout": 11,
+    }
     assert (second["knocks"], second["timeout"]) == (["41007:tcp", "4000:udp"], 6)
     assert (once["number"], once["id"], once["timeout"]) == ("a", "ff", 11)
     assert model()["doors"] == []
+
+
+def test_doors_that_shut() -> None:
+    opens, shuts = doors({"alice": Honoured(1, [(A, B, C)], close=[(D, E, F)])})["doors"]
+    assert (opens["number"], opens["shuts"]) == (shuts["number"], False) == ("1", False)
+    assert (shuts["shuts"], shuts["knocks"][0]) == (True, "50011:tcp")
 
 
 def test_more_than_knockd_can_wait_for() -> None:

@@ -297,6 +297,11 @@ class Fleet:
         stock = self.secrets(host)["operators"][operator].get("one_time", {"sequences": {}})
         return {identity: knocks.split() for identity, knocks in stock["sequences"].items()}
 
+    def keys(self, host: str, operator: str = "default") -> list[str]:
+        """An operator's keys for single packet authorization: the cipher's and the HMAC's, in base64."""
+        spa: str = self.secrets(host)["operators"][operator]["current"]["spa"]
+        return spa.split(":")[1:]
+
     def leaks(self, text: str, *hosts: str) -> list[str]:
         """Which hosts' secrets a text gives away; of all hosts, or of some.
 
@@ -308,10 +313,13 @@ class Fleet:
         for host in hosts or self.hosts:
             secrets = self.secrets(host)
             for name, operator in secrets["operators"].items():
-                for knocks in (operator["current"]["knocks"], *self.one_time(host, name).values()):
+                close = [closing["knocks"] for closing in operator.get("close", ())]
+                for knocks in (operator["current"]["knocks"], *close, *self.one_time(host, name).values()):
                     in_full = any(knock in text for knock in knocks)
                     if in_full or len(numbers & {knock.split("/")[0] for knock in knocks}) > 1:
                         found.append(host)
+                if "spa" in operator["current"] and any(key in text for key in self.keys(host, name)):
+                    found.append(host)
             if secrets["tripwires"]["seed"] in text:
                 found.append(host)
         return found

@@ -21,8 +21,6 @@ ExecStart=/usr/bin/ssh-keygen -A
 WantedBy=multi-user.target
 UNIT
 systemctl enable fleet-hostkeys.service ssh.service
-# Daemons that a gate runs by itself: their packages have them started at boot, with the sequences of their examples.
-systemctl disable knockd.service
 # What a container has no use for, and would only slow its start or fail.
 systemctl mask getty@.service console-getty.service systemd-resolved.service systemd-networkd.service \
     systemd-udevd.service apt-daily.timer apt-daily-upgrade.timer systemd-logind.service

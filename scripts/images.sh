@@ -9,11 +9,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 REPOSITORY=portknock-test
 NAMES=(debian11 debian12 debian13 client debian12-tools debian13-tools)
 HOST_PACKAGES=(systemd systemd-sysv dbus openssh-server python3 sudo iproute2 procps nftables iputils-ping)
-# What opens a gate in the place of the kernel.
-HOST_PACKAGES+=(knockd)
 CLIENT_PACKAGES=(python3 openssh-client iproute2 procps iputils-ping nmap ncat tcpdump hping3)
 # What the card that an operator gets has commands for.
-CLIENT_PACKAGES+=(knockd curl netcat-openbsd w3m)
+CLIENT_PACKAGES+=(knockd fwknop-client curl netcat-openbsd w3m)
 # Other people's tools; ufw and netfilter-persistent exclude each other. A host that runs Ansible on itself has the last two.
 TOOLS12=(ufw firewalld fail2ban python3-systemd docker.io iptables conntrack)
 TOOLS13=(iptables iptables-persistent ansible-core git)

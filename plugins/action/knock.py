@@ -20,7 +20,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
     HIGHEST_PORT,
-    KNOCK_PROTOCOLS,
+    SENT_PROTOCOLS,
     parse_knocks,
 )
 from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import knock_ssh_of
@@ -105,7 +105,7 @@ class ActionModule(ActionBase):
     @staticmethod
     def _sequences(arguments: dict[str, Any], ssh: Connection) -> HostSequences:
         if arguments["knocks"] is not None:
-            sequence = parse_knocks(arguments["knocks"], "knocks", secret=True, protocols=KNOCK_PROTOCOLS)
+            sequence = parse_knocks(arguments["knocks"], "knocks", secret=True, protocols=SENT_PROTOCOLS)
             if not sequence:
                 raise PortknockError("knocks: expected at least one knock; got an empty list.")
             if arguments["state"] == "closed":

@@ -29,8 +29,14 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     read_host_state,
     utc_now,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    SEQUENCE,
+    SPA,
+    Knock,
+    parse_knocks,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._proof import answer, is_trusted, packed_addresses
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import asking_for
 from ansible_collections.fleet.portknock.plugins.plugin_utils._confirmed import ConfirmedAction
 from ansible_collections.fleet.portknock.plugins.plugin_utils._connections import action_on, is_ssh, knock_ssh_of, quiet
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import Destination
@@ -82,6 +88,7 @@ class ActionModule(ConfirmedAction):
         settings = settings_from(self._required("settings"))
         self._check_abilities(settings)
         check_operators(self._required("operators"))
+        check_name(self._backend())
         self._seconds()
         found = self._required("found")
         self._check_init(found)
@@ -90,6 +97,8 @@ class ActionModule(ConfirmedAction):
         self._choose_jump(settings, destination, found)
         if (self._place or self._jump) and not self._task.check_mode:
             self._view(destination, found["ipv6_addresses"])
+        elif self._mode == SPA and not self._task.check_mode and not destination.proxied:
+            self._scout(destination, [])
         return {"changed": False}
 
     def _apply(self) -> dict[str, Any]:
@@ -103,11 +112,12 @@ class ActionModule(ConfirmedAction):
         host = self._vars["inventory_hostname"]
         entry = keyring.load(host)
         if self._task.check_mode:
-            entry = with_throwaway_secrets(entry, host, operators, settings, found)
+            entry = with_throwaway_secrets(entry, host, operators, settings, found, self._mode)
         if entry is None:
             raise PortknockError(
                 f"knock_keyring_dir: expected an entry for {host} in {keyring.directory}; got none. knock_keyring makes it."
             )
+        entry.check_mode(self._mode)
         if not self._task.check_mode:
             check_same_secrets(read_host_state(found["gate"]), entry)
         prover = entry.prover(operators)
@@ -120,7 +130,9 @@ class ActionModule(ConfirmedAction):
                 f"knock_server_one_time: expected a one-time sequence of operator {prover} that has not been used, to prove "
                 "the gate with; got none."
             )
-        for warning in guard_warnings(settings, len(sequences[0]), BACK_ENDS[check_name(self._backend())].opener):
+        destination, connection = self._destination(), knock_ssh_of(self, self._vars)
+        sequences = [asking_for(knocks, connection.spa_source) for knocks in sequences]
+        for warning in guard_warnings(settings, len(sequences[0]), BACK_ENDS[self._backend()].opener):
             display.warning(warning)
         payload: dict[str, Any] = {
             "run": self._run_id,
@@ -133,7 +145,6 @@ class ActionModule(ConfirmedAction):
             ],
             **self._shut(entry),
         }
-        destination, connection = self._destination(), knock_ssh_of(self, self._vars)
         self._choose_jump(settings, destination, found)
         given, operator = connection.given_sequences(), connection.get_option("knock_operator")
         self._check_open_ports(settings, destination, found)
@@ -146,7 +157,7 @@ class ActionModule(ConfirmedAction):
             "knocks": [] if stocks else [str(knock) for knock in sequences[0]],
             "once": [[str(knock) for knock in knocks] for knocks in sequences] if stocks else [],
             "served": [str(knock) for knock in settings.served],
-            "without_ipv6": "",
+            "without_ipv6": "fwknop has no IPv6" if self._mode == SPA else "",
         }
         if found["backend"]["capabilities"].get("ipv6") is False:
             gate["without_ipv6"] = f"this release of {self._backend()} has no IPv6"
@@ -343,7 +354,9 @@ class ActionModule(ConfirmedAction):
             if self._jump is not None and self._looker is None:
                 # Nothing is to be seen from there; only whether it could.
                 request = {**self._asked_of_scout(destination, []), "addresses": [], "place": self._jump.name}
-                self._ask_jump(self._jump, "scout", request)
+                answered = self._ask_jump(self._jump, "scout", request)
+                if "problem" in answered:
+                    raise JumpError(str(answered["problem"]))
             if self._place or not destination.proxied:
                 return self._scout(destination, further)
         except JumpError as exc:
@@ -370,6 +383,7 @@ class ActionModule(ConfirmedAction):
             "family": destination.family,
             "addresses": addresses,
             "further": list(further),
+            "mode": self._mode if self._task.args.get("state", "applied") != "absent" else SEQUENCE,
         }
 
     def _ask(self, question: str, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -447,6 +461,11 @@ class ActionModule(ConfirmedAction):
 
     def _backend(self) -> str:
         return str(self._task.args.get("backend", "nftables"))
+
+    @property
+    def _mode(self) -> str:
+        """What the gate is opened with."""
+        return BACK_ENDS[check_name(self._backend())].mode
 
     def _timeout(self) -> float:
         """Seconds that the proof goes on knocking: well inside the trial, so that the way back isn't raced."""

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_name
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
@@ -27,7 +28,13 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._nmap_ports import nmap_ports, read_nmap_services
 from ansible_collections.fleet.portknock.plugins.module_utils._planning import Plan, plan_secrets
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, parse_knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    HIGHEST_PORT,
+    SPA,
+    Knock,
+    parse_knock,
+    parse_knocks,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._rotation import (
     GIVEN_BY_HAND,
     Step,
@@ -70,6 +77,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "trusted_sources": {"type": "list", "elements": "str", "default": []},
     "one_time": {"type": "raw", "default": 0},
     "close_sequence": {"type": "bool", "default": False},
+    "backend": {"type": "str", "default": "nftables"},
 }
 
 
@@ -185,6 +193,7 @@ class ActionModule(ActionBase):
             protected={knock.port for knock in protected},
             nmap_ports=_avoided(arguments["nmap_services"]),
             in_use=frozenset(_port(value) for value in arguments["ports_in_use"]),
+            spa=_asked(arguments["backend"], protected),
         )
 
     @staticmethod
@@ -211,6 +220,7 @@ class ActionModule(ActionBase):
         avoided = _avoided(arguments["nmap_services"])
         state = read_host_state(arguments["host_state"])
         now = utc_now()
+        spa = _asked(arguments["backend"], protected, check_one_time(arguments["one_time"]))
         known_id = keyring.id
         # The keyring calls again where another writer came between; the last call counts.
         history: list[tuple[HostSecrets | None, Plan]] = []
@@ -237,6 +247,7 @@ class ActionModule(ActionBase):
                 one_time=check_one_time(arguments["one_time"]),
                 close_sequence=arguments["close_sequence"],
                 is_bare=arguments["host_state"].get("present") is False,
+                spa=spa,
             )
             if not arguments["trusted_sources"]:
                 check_not_all_expire(operators, plan.secrets)
@@ -245,6 +256,23 @@ class ActionModule(ActionBase):
 
         keyring.update(host, change, bool(self._task.check_mode))
         return history[-1]
+
+
+def _asked(backend: str, protected: Sequence[Knock], one_time: int = 0) -> Knock | None:
+    """What the packet asks for that opens the gate; None where a sequence opens it."""
+    if BACK_ENDS[check_name(backend)].mode != SPA:
+        return None
+    if one_time:
+        able = [name for name, abilities in BACK_ENDS.items() if abilities.one_time]
+        raise PortknockError(
+            f"knock_server_one_time: expected 0 with knock_server_backend={backend}, each of whose packets is good once; got "
+            f"{one_time}. One-time sequences are for {' and '.join(able)}."
+        )
+    if not protected:
+        raise PortknockError(
+            "knock_server_protected_ports: expected at least one port such as 22/tcp; got an empty list."
+        )
+    return protected[0]
 
 
 def _port(value: object) -> int:

@@ -32,6 +32,9 @@ notes:
     connections that never log in against their source (C(PerSourcePenalties)).
   - At a single-use gate each of these is knocked for. Where another fork of the run, or somebody who shares its address, uses
     up what a knock has opened, the refused connection is knocked for again, a few times.
+  - A gate of fwknop is opened by one packet (SPA), which the program C(fwknop) sends. It has to be installed where the knock
+    leaves from (Debian's package C(fwknop-client)). fwknop has no IPv6, so ssh is told to use IPv4 there, unless it goes through
+    a jump host.
   - Of sequences that open once, each is sent once, the next one at each connection. Which is next is noted beside the keyring's
     file of the host; where that is not known, the first ones are tried in their order until one opens.
   - ssh's C(BindAddress) is used for the knock too; C(BindInterface) is not.
@@ -85,6 +88,19 @@ options:
     type: raw
     vars:
       - name: knock_sequences
+  knock_spa_source:
+    description:
+      - The IPv4 address that the packet for a gate of fwknop asks to be let in for. Where it is not set, that is the local
+        address from which packets to the host leave. Behind address translation (NAT) that is wrong; there, set what the host
+        sees.
+    type: string
+    vars:
+      - name: knock_spa_source
+    env:
+      - name: KNOCK_SPA_SOURCE
+    ini:
+      - section: portknock
+        key: spa_source
   knock_single_use:
     description:
       - Whether what a knock opens is good for one connection only, so that a second knock has to follow one whose effect was
@@ -139,10 +155,11 @@ from ansible_collections.fleet.portknock.plugins.module_utils._jump import (
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import KnockResult, resolve
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
-    KNOCK_PROTOCOLS,
+    SENT_PROTOCOLS,
     Knock,
     parse_sequences,
 )
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import asking_for, check_source
 from ansible_collections.fleet.portknock.plugins.module_utils._usage import Stocks, Ticket, Usage
 from ansible_collections.fleet.portknock.plugins.plugin_utils._destination import (
     Destination,
@@ -163,19 +180,22 @@ _AGAIN = {False: 1, True: 8}
 _REFUSED_BEHIND_JUMP = ("stdio forwarding failed", "timed out during banner exchange")
 _PROXY_ENDED = "kex_exchange_identification: "
 _FRESH = (b"-o", b"ControlMaster=no", b"-o", b"ControlPath=none")
+# What a daemon has needed to open is given to it again where nobody looks, up to so many seconds.
+_LONGEST_WAIT = 0.5
 
 # How ssh ended: its code, standard output and standard error.
 _Ran = tuple[int, bytes, bytes]
 
 
 class _Note(NamedTuple):
-    """What opened the port: the address, the place of the sequence, its operator where it opens once, and the seconds between
-    two knocks."""
+    """What opened the port: the address, the place of the sequence, its operator where it opens once, the seconds between two
+    knocks, and how many it took."""
 
     address: str
     sequence: int
     operator: str | None
     gap: float
+    took: float
 
 
 class HostSequences(NamedTuple):
@@ -193,6 +213,11 @@ class HostSequences(NamedTuple):
     once: Stocks = ()
     usage: Usage = Usage(None, "")
     close: Sequence[tuple[Knock, ...]] = ()
+
+    @property
+    def is_spa(self) -> bool:
+        """Whether it is one packet that opens, likeliest."""
+        return bool(self.sequences and self.sequences[0][0].spa)
 
     @property
     def has_any(self) -> bool:
@@ -213,7 +238,7 @@ class HostSequences(NamedTuple):
             return result, None
         place = result.sequence - len(self.sequences)
         operator = tickets[place].operator if place >= 0 else None
-        return result, _Note(result.address.host, result.sequence, operator, result.gap)
+        return result, _Note(result.address.host, result.sequence, operator, result.gap, result.elapsed)
 
     def send_again(self, way: Way, note: _Note) -> Ticket | bool:
         """Send, without looking, what has opened the port, or the next of its kind where it opens once.
@@ -293,13 +318,21 @@ class Connection(CoreConnection):
         """Whether the host's variables say that a knock opens for one connection only."""
         return bool(self.get_option("knock_single_use"))
 
+    @property
+    def spa_source(self) -> str:
+        """The address that a packet asks for; empty for the one that it leaves from.
+
+        :raises PortknockError: it is none.
+        """
+        return check_source(self.get_option("knock_spa_source"), "knock_spa_source")
+
     def given_sequences(self) -> list[tuple[Knock, ...]] | None:
         """The sequences that the option gives instead of the keyring; None where it is not set.
 
         :raises PortknockError: it holds anything else; no value is in the text.
         """
         value = self.get_option(_SEQUENCES_OPTION)
-        return None if value is None else parse_sequences(value, _SEQUENCES_OPTION, KNOCK_PROTOCOLS)
+        return None if value is None else parse_sequences(value, _SEQUENCES_OPTION, SENT_PROTOCOLS)
 
     def host_sequences(self, operator: str | None = None) -> HostSequences | None:
         """What the option gives for this host, or else what the keyring holds; None where there is nothing.
@@ -309,8 +342,9 @@ class Connection(CoreConnection):
         """
         # A delegated task's variables still carry the name of the host that it is for.
         name = self.get_option("knock_delegate") or self.get_option("inventory_hostname")
-        given = self.given_sequences()
+        given, source = self.given_sequences(), self.spa_source
         if given is not None:
+            given = [asking_for(knocks, source) for knocks in given]
             return HostSequences(name, given, (_SEQUENCES_OPTION, len(given)), self.is_single_use)
         try:
             keyring = open_keyring(self.get_option)
@@ -323,7 +357,7 @@ class Connection(CoreConnection):
         name = operator or self.get_option("knock_operator")
         return HostSequences(
             secrets.host,
-            [knocks for _operator, knocks in secrets.candidates(name)],
+            [asking_for(knocks, source) for _operator, knocks in secrets.candidates(name)],
             (secrets.keyring_id, secrets.generation),
             secrets.single_use or self.is_single_use,
             secrets.one_time(name),
@@ -363,6 +397,9 @@ class Connection(CoreConnection):
             return super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
         if gate.destination.instead:
             cmd = self._with_first_options(cmd, b"-o", to_bytes(gate.destination.instead))
+        if gate.known.is_spa and not gate.destination.proxied:
+            # An IPv6 address, which stays closed, would be tried first, and in silence for as long as ssh waits.
+            cmd = self._with_first_options(cmd, b"-o", b"AddressFamily=inet")
         run = partial(super()._bare_run, cmd, in_data, sudoable=sudoable, checkrc=checkrc)
         # A password goes through a pipe that is made with the command and serves one run only.
         has_one_run = cmd[0] == b"sshpass"
@@ -386,7 +423,7 @@ class Connection(CoreConnection):
                 self._note_opened(gate, sent)
                 return result
             display.vvv("Refused after the port was open: what the knock opened was used up; knocking again", self.host)
-            with contextlib.suppress(OSError, JumpError):
+            with contextlib.suppress(OSError, PortknockError):
                 sent = gate.known.send_again(gate.way, opened)
         return run()
 
@@ -539,10 +576,14 @@ class Connection(CoreConnection):
 
     def _knock_as_before(self, gate: _Gate) -> Ticket | bool:
         """Send again, without looking, what opened the port earlier in this run; False where nothing is known to."""
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, JumpError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, PortknockError):
             with open(gate.memory, encoding="ascii") as file:
-                known = json.load(file)
-            return gate.known.send_again(gate.way, _Note(**known))
+                note = _Note(**json.load(file))
+            sent = gate.known.send_again(gate.way, note)
+            if sent and gate.known.is_spa:
+                # A daemon opens, not the kernel, and a refused or lost first packet costs more.
+                time.sleep(min(note.took, _LONGEST_WAIT))
+            return sent
         return False
 
     def _remember(self, gate: _Gate, known: dict[str, object] | None) -> None:

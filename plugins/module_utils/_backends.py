@@ -13,6 +13,7 @@ from typing import Any, Iterable, Mapping, NamedTuple, Optional, Protocol, Seque
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import Opening, Source
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import SEQUENCE, SPA
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import Peer
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
@@ -25,12 +26,13 @@ class HostFile(NamedTuple):
     """A file that a gate consists of: the template that makes it, where it lies on the host, and its mode.
 
     The template is named from the role's folder of templates on. A mode without rights for others than root means that the
-    file may hold secrets.
+    file may hold secrets. ``beside`` is what the program that reads it writes, which goes with it.
     """
 
     template: str
     path: str
     mode: int
+    beside: str = ""
 
 
 class Abilities(NamedTuple):
@@ -38,7 +40,7 @@ class Abilities(NamedTuple):
 
     ``opener`` is what watches for knocks: ``kernel`` where the gate's own rules do. ``one_time`` says whether it can use a
     sequence up, ``protocols`` what knocks it sees, ``close_sequence`` whether another sequence can shut a window,
-    ``input_policy`` whether it can close all other ports.
+    ``input_policy`` whether it can close all other ports, ``mode`` what opens it: a sequence, or one packet.
     """
 
     opener: str
@@ -46,11 +48,13 @@ class Abilities(NamedTuple):
     protocols: Sequence[str]
     close_sequence: bool = False
     input_policy: bool = False
+    mode: str = SEQUENCE
 
 
 BACK_ENDS: Mapping[str, Abilities] = {
     "nftables": Abilities("kernel", one_time=True, protocols=("tcp", "udp"), close_sequence=True, input_policy=True),
     "knockd": Abilities("knockd", one_time=True, protocols=("tcp", "udp"), close_sequence=True, input_policy=True),
+    "fwknop": Abilities("fwknop", one_time=False, protocols=("tcp", "udp"), input_policy=True, mode=SPA),
 }
 # In the order in which they are written. The gate comes last: it alone is what a reboot brings back, and it has the same path
 # whatever enforces it, so that a change of the back end has one moment, too. A key means the same file to all who have it.
@@ -72,6 +76,11 @@ FILES: Mapping[str, HostFile] = {
     "knockd_conf": HostFile("knockd/knockd.conf.j2", f"{CONFIG_FOLDER}/knockd.conf", 0o600),
     # Debian's own unit is not to run beside: it begins with the sequences that everybody knows.
     "knockd_off": HostFile("opener/off.conf.j2", f"{UNIT_FOLDER}/knockd.service.d/fleet-portknock.conf", 0o644),
+    "fwknopd_conf": HostFile("fwknop/fwknopd.conf.j2", f"{CONFIG_FOLDER}/fwknopd.conf", 0o600),
+    "fwknop_access": HostFile(
+        "fwknop/access.conf.j2", f"{CONFIG_FOLDER}/access.conf", 0o600, f"{CONFIG_FOLDER}/fwknop.replays"
+    ),
+    "fwknop_off": HostFile("opener/off.conf.j2", f"{UNIT_FOLDER}/fwknop-server.service.d/fleet-portknock.conf", 0o644),
     "gate": HostFile("nftables/gate.nft.j2", f"{CONFIG_FOLDER}/gate.rules", 0o600),
 }
 # The units that boot starts, and those of them that go on running.
@@ -227,6 +236,10 @@ def back_end(name: str, run: Runner = run_program) -> BackEnd:
     :raises PortknockError: there is none.
     """
     check_name(name)
+    if name == "fwknop":
+        from ansible_collections.fleet.portknock.plugins.module_utils._backend_fwknop import Fwknop
+
+        return Fwknop(run)
     # Not before: what a host does not use need not be compiled there.
     if name == "knockd":
         from ansible_collections.fleet.portknock.plugins.module_utils._backend_knockd import Knockd

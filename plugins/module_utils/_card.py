@@ -82,6 +82,8 @@ class _Part(NamedTuple):
 def ways(host: CardHost) -> tuple[Way, ...]:
     """Return how to knock with the first sequence of a host whose ``hostname`` is plain (:func:`is_plain`)."""
     knocks = host.sequences[0]
+    if knocks[0].spa:
+        return (_fwknop(host.name),)
     return (
         _knock(host.hostname, knocks),
         _nmap(host.hostname, knocks),
@@ -125,6 +127,18 @@ _INTRO = (
 
 
 # What each tool makes of a sequence.
+
+
+def _fwknop(name: str) -> Way:
+    # The keys are in a file: nothing that is typed, or seen in a list of processes, holds them.
+    return Way(
+        "fwknop (Debian: package fwknop-client)",
+        (f"fwknop --no-save-args --rc-file fwknoprc -n {shlex.quote(name)} -a 192.0.2.7",),
+        (
+            "In the folder of this card, and with the IPv4 address that your packets come from in the place of 192.0.2.7. Your "
+            "clock must not be wrong by more than two minutes.",
+        ),
+    )
 
 
 def _knock(hostname: str, knocks: Sequence[Knock]) -> Way:
@@ -273,6 +287,11 @@ def _part(host: CardHost, qr: Callable[[str], QrCode] | None) -> _Part:
         return _Part(title, ("No commands: this address does not mean the same to every tool. Use the helper.",), ())
     if not host.sequences:
         return _Part(title, ("No sequence of yours is left: ask for new ones.",), ())
+    if host.sequences[0][0].spa:
+        if host.jump:
+            return _Part(title, (f"Only its jump host, {_printable(host.jump)}, can open it: use the helper.",), ())
+        only = "One packet opens it, which a program has to make: IPv4 only. There is no other way, and none for a phone."
+        return _Part(title, (only,), (*ways(host), Way("Then", (_ssh(host),))))
     first, *others = (_knock_command(host.hostname, knocks) for knocks in host.sequences[:LISTED])
     intro = ["Knocks, in this order: " + " ".join(map(str, host.sequences[0]))]
     spare = "If that does not open: another sequence, which may be in force during a rotation"

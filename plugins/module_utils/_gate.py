@@ -21,6 +21,8 @@ from typing import AbstractSet, NamedTuple, Optional, Union
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock, parse_knocks
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import derive_tripwires
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import PORT as SPA_PORT
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import keys_of
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import check_one_time
 
 GUARDS = ("tripwires", "strict", "loose")
@@ -42,6 +44,7 @@ BEGIN_TIMEOUT = 8
 _OPTION = "knock_server_"
 # Answers to these come in under any policy.
 _DHCP_CLIENTS = (Knock(68, "udp"), Knock(546, "udp"))
+_PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17}
 _ALL_PORTS = 65535
 # The words of YAML 1.1, as Ansible takes them.
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -199,7 +202,8 @@ def build_model(
                 f"{_OPTION}valid_until: expected a host whose nft and kernel can compare the time in a rule (meta time); "
                 f"this one's can't, so it would never shut out {', '.join(expiring)}."
             )
-    steps = _automaton(settings, operators)
+    is_spa = any(knocks[0].spa for operator in operators.values() for knocks in operator.sequences if knocks)
+    steps = [] if is_spa else _automaton(settings, operators)
     if any(operator.one_time for operator in operators.values()) and probe.get("one_time") is not True:
         raise PortknockError(
             f"{_OPTION}one_time: expected a host whose nft and kernel can count the bytes of an element (quota); this one's "
@@ -210,7 +214,7 @@ def build_model(
     }
     barred = settings.protected | in_sequences | avoid | {knock.port for knock in settings.served}
     tripwires: tuple[int, ...] = ()
-    if settings.guard == "tripwires":
+    if settings.guard == "tripwires" and not is_spa:
         tripwires = derive_tripwires(tripwire_seed, settings.tripwires, barred)
     stand_ins = _stand_ins(tripwire_seed, barred)
     look = {
@@ -262,11 +266,46 @@ def build_model(
         "input_policy": settings.input_policy,
         "served": [str(knock) for knock in settings.served],
         "served_tcp": [knock.port for knock in settings.served if knock.proto == "tcp"],
-        "served_udp": [knock.port for knock in settings.served if knock.proto == "udp"],
+        # Not every fwknopd sees packets before a filter does.
+        "served_udp": [knock.port for knock in settings.served if knock.proto == "udp"] + [SPA_PORT] * is_spa,
         "begin_timeout": BEGIN_TIMEOUT,
         "socket_wildcard": probe.get("socket_wildcard") is True,
         "counts": probe.get("counts") is not False,
+        **({"spa": _spa(settings, operators)} if is_spa else {}),
     }
+
+
+def _spa(settings: GateSettings, operators: Mapping[str, Honoured]) -> dict[str, object]:
+    """What opens a gate by one packet: where it comes, what it may ask for, and a stanza for each key."""
+    return {
+        "port": SPA_PORT,
+        "asked": _asked(settings, operators),
+        "stanzas": [
+            {
+                "operator": name,
+                "number": f"{operator.number:x}",
+                "valid_until": operator.valid_until,
+                **dict(zip(("key", "hmac_key"), keys_of(knock))),
+            }
+            for name, operator in sorted(operators.items())
+            for knocks in operator.sequences
+            for knock in knocks
+        ],
+    }
+
+
+def _asked(settings: GateSettings, operators: Mapping[str, Honoured]) -> list[dict[str, str]]:
+    """What packets may ask for: the protected ports, and what a key was made for that have been protected then."""
+    ports = {Knock(port, "tcp") for port in settings.protected_tcp} | {
+        Knock(port, "udp") for port in settings.protected_udp
+    }
+    ports |= {
+        knock._replace(spa="") for operator in operators.values() for knocks in operator.sequences for knock in knocks
+    }
+    return [
+        {"name": f"{port.proto}/{port.port}", "number": f"{_PROTOCOL_NUMBERS[port.proto]}/{port.port}"}
+        for port in sorted(ports)
+    ]
 
 
 def guess_cost(settings: GateSettings, length: int) -> float:
@@ -293,22 +332,35 @@ def guard_warnings(settings: GateSettings, length: int, opener: str = "kernel") 
     """
     if opener == "knockd":
         return _knockd_warnings(settings, length)
+    if opener == "fwknop":
+        return _fwknop_warnings(settings)
     warning = _loose_warning(settings, length)
     return [warning] if warning else []
 
 
 def _knockd_warnings(settings: GateSettings, length: int) -> list[str]:
-    warnings = [
+    return [
         f"{_OPTION}backend: knockd ignores ports that are in none of its sequences, so one sweep over all ports in random order "
         f"opens a sequence of {length} knocks in about 1 of {math.factorial(length)} cases; nftables makes that practically "
-        "impossible, and one-time sequences make what was guessed worthless."
+        "impossible, and one-time sequences make what was guessed worthless.",
+        *_meaningless(settings, "knockd, which has a guard of its own"),
     ]
-    for key in ("guard", "tripwires"):
-        if getattr(settings, key) != getattr(GateSettings, key):
-            warnings.append(
-                f"{_OPTION}{key}: {getattr(settings, key)} means nothing to knockd, which has a guard of its own."
-            )
-    return warnings
+
+
+def _fwknop_warnings(settings: GateSettings) -> list[str]:
+    return [
+        f"{_OPTION}backend: fwknop has no IPv6, so the protected ports stay closed to whoever comes by that, "
+        f"{_OPTION}trusted_sources apart.",
+        *_meaningless(settings, "fwknop, whose packets nobody can guess"),
+    ]
+
+
+def _meaningless(settings: GateSettings, whom: str) -> list[str]:
+    return [
+        f"{_OPTION}{key}: {getattr(settings, key)} means nothing to {whom}."
+        for key in ("guard", "tripwires")
+        if getattr(settings, key) != getattr(GateSettings, key)
+    ]
 
 
 def _loose_warning(settings: GateSettings, length: int) -> Optional[str]:

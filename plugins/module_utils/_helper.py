@@ -30,6 +30,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._relay import relay
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import asking_for, check_source
 from ansible_collections.fleet.portknock.plugins.module_utils._usage import Usage
 
 if TYPE_CHECKING:
@@ -147,6 +148,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="knock and connect from this host, as ssh's ProxyJump names it, in place of the one in FILE; none: from here",
     )
     parser.add_argument(
+        "--spa-source",
+        metavar="ADDRESS",
+        default="",
+        help="the IPv4 address that a gate of fwknop is to let in, where it sees another one than this machine has (NAT)",
+    )
+    parser.add_argument(
         "-F", dest="config", metavar="FILE", help="ssh's configuration file for the jump host, where not its own"
     )
     parser.set_defaults(family="any")
@@ -204,13 +211,15 @@ def _connect(options: argparse.Namespace, begun: float) -> socket.socket:
     tickets = usage.tickets([(secrets.operator, access.one_time)]) if access.one_time else []
     once = [ticket.knocks for ticket in tickets]
     jump = _jump(options, access)
+    source = check_source(options.spa_source, "--spa-source")
+    sequences = [asking_for(knocks, source) for knocks in access.sequences]
     deadline = begun + options.timeout
     if jump:
-        result, sock = _from_jump(options, deadline, host, jump, access.sequences, once)
+        result, sock = _from_jump(options, deadline, host, jump, sequences, once)
     else:
         addresses = resolve(host, options.port, options.family)
         left = max(0.0, deadline - time.monotonic())
-        result, sock = knock_and_connect(addresses, access.sequences, options.port, left, once=once)
+        result, sock = knock_and_connect(addresses, sequences, options.port, left, once=once)
     usage.note(tickets, result, len(access.sequences))
     if sock is None:
         raise PortknockError(_explain(result, options, name, secrets.operator))

@@ -42,7 +42,7 @@ from typing import Mapping, NamedTuple
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
     HIGHEST_PORT,
-    KNOCK_PROTOCOLS,
+    SENT_PROTOCOLS,
     Knock,
     parse_knocks,
 )
@@ -231,7 +231,7 @@ def _parse_sequences(value: object, path: str, place: str) -> tuple[tuple[Knock,
     if not isinstance(value, list) or not all(value):
         raise _damaged(path, "a list of lists of port/protocol", place)
     try:
-        return tuple(parse_knocks(sequence, "sequences", secret=True, protocols=KNOCK_PROTOCOLS) for sequence in value)
+        return tuple(parse_knocks(sequence, "sequences", secret=True, protocols=SENT_PROTOCOLS) for sequence in value)
     except PortknockError:
         raise _damaged(path, "a list of lists of port/protocol, tcp, udp or icmp", place) from None
 
@@ -245,7 +245,7 @@ def _parse_one_time(value: object, path: str, where: str) -> tuple[dict[int, tup
         raise _damaged(path, "a mapping from ids", place)
     try:
         return {
-            int(key): parse_knocks(knocks, "sequences", secret=True, protocols=KNOCK_PROTOCOLS)
+            int(key): parse_knocks(knocks, "sequences", secret=True, protocols=SENT_PROTOCOLS)
             for key, knocks in sequences.items()
         }, value["stamp"]
     except PortknockError:

@@ -317,7 +317,8 @@ class GateHost:
             text = found.texts[name]
             target, kept = shlex.quote(path), shlex.quote(self.trial.path(f"former.{name}"))
             if text is None:
-                commands.append(f"{{ [ ! -e {target} ] || {{ rm -f {target} && restored=yes; }}; }}")
+                gone = " ".join(shlex.quote(each) for each in (path, *self._beside(name)))
+                commands.append(f"{{ [ ! -e {target} ] || {{ rm -f {gone} && restored=yes; }}; }}")
                 commands += [_rmdir_command(path)] if name in self._off else []
             else:
                 texts[f"former.{name}"] = text
@@ -356,7 +357,7 @@ class GateHost:
         :param names: the files that are left of it.
         """
         commands = [] if self._backend.opener is None else [f"{{ systemctl stop {OPENER_ON_TRIAL} || :; }}"]
-        files = [self._paths[name] for name in names]
+        files = [path for name in names for path in (self._paths[name], *self._beside(name))]
         units = [unit for unit in self._every_unit if os.path.join(self._units, unit) in files]
         if units:
             # A service whose unit is gone would go on without anybody who knows it.
@@ -368,6 +369,11 @@ class GateHost:
         if units:
             commands.append("{ systemctl daemon-reload || :; }")
         return " && ".join(commands) or ":"
+
+    def _beside(self, name: str) -> list[str]:
+        """What goes with a file: written by the program that reads it."""
+        file = FILES.get(name)
+        return [self._root + file.beside] if file is not None and file.beside else []
 
     def _removal_command(self) -> str:
         """Shell command that removes everything on disk but the gate itself, whose removal is the moment of commitment."""

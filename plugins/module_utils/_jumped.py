@@ -20,7 +20,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     resolve,
     send,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import KNOCK_PROTOCOLS, Knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import SENT_PROTOCOLS, Knock, parse_knocks
 
 # Whoever asked may be gone without a word, and so may the host: noticed after two minutes, where the system can be told so.
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
@@ -109,7 +109,7 @@ def send_once(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(sequences: Any) -> list[tuple[Knock, ...]]:
-    return [parse_knocks(knocks, "sequences", secret=True, protocols=KNOCK_PROTOCOLS) for knocks in sequences]
+    return [parse_knocks(knocks, "sequences", secret=True, protocols=SENT_PROTOCOLS) for knocks in sequences]
 
 
 __all__ = ("close", "connect", "knock", "send_once")

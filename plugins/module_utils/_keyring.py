@@ -22,7 +22,11 @@ from ansible_collections.fleet.portknock.plugins.module_utils._errors import Por
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import EARLIEST_TIME, Honoured
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
     HIGHEST_PORT,
+    MODES,
+    SEQUENCE,
+    SPA,
     Knock,
+    parse_knock,
     parse_knocks,
     parse_sequences,
 )
@@ -31,6 +35,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._sequences import 
     SEED_BYTES,
     SHORTEST,
 )
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import new_spa
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import (
     HIGHEST_ID,
     HONOURED,
@@ -69,18 +74,34 @@ _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re
 class StoredSequence:
     """One sequence, as it is kept.
 
-    ``generation`` is the host's when the sequence was made, ``created`` a UTC time such as 2026-01-31T08:15:00Z.
+    ``generation`` is the host's when the sequence was made, ``created`` a UTC time such as 2026-01-31T08:15:00Z. ``spa`` is the
+    one packet that opens in its place where the gate wants such.
     """
 
     generation: int
     knocks: tuple[Knock, ...]
     source: str
     created: str
+    spa: Knock | None = None
+
+    def opening(self, mode: str) -> tuple[Knock, ...]:
+        """What opens a gate of this mode; empty where nothing does."""
+        if mode == SPA:
+            return () if self.spa is None else (self.spa,)
+        return self.knocks
+
+    def with_spa(self, asked: Knock | None) -> StoredSequence:
+        """Return this with a packet that asks for that port, where it has none yet; None asks for none."""
+        if asked is None or self.spa is not None:
+            return self
+        # The keys are the keyring's own, whoever gave the sequence: a rotation changes them.
+        return replace(self, spa=new_spa(asked), source=GENERATED)
 
     def to_mapping(self) -> dict[str, object]:
         return {
             "generation": self.generation,
             "knocks": [str(knock) for knock in self.knocks],
+            **({} if self.spa is None else {"spa": str(self.spa)}),
             "source": self.source,
             "created": self.created,
         }
@@ -123,6 +144,11 @@ class Operator:
     def wanted(self) -> StoredSequence:
         """The newest sequence that the gate is to honour."""
         return self.current if self.next is None else self.next
+
+    def with_spa(self, asked: Knock | None) -> Operator:
+        """Return this with a packet beside each sequence, as :meth:`StoredSequence.with_spa`."""
+        following = None if self.next is None else self.next.with_spa(asked)
+        return replace(self, current=self.current.with_spa(asked), next=following)
 
     @property
     def every_sequence(self) -> Iterator[tuple[Knock, ...]]:
@@ -213,7 +239,8 @@ class HostSecrets:
     the host at that time. ``removed`` marks a host whose gate was taken away. ``packages`` are those that were installed
     there for the gate, so that they can be removed with it. ``rotation`` is the id of the last one that made sequences here.
     ``single_use`` tells clients that a window of the host's gate may be good for one connection only. ``last_id`` is the highest
-    id that a one-time sequence was ever given.
+    id that a one-time sequence was ever given. ``modes`` says what the gate wants to be opened with, and after that what it may
+    want still, as long as it isn't known to have changed.
     """
 
     keyring_id: str
@@ -227,6 +254,7 @@ class HostSecrets:
     rotation: str | None = None
     single_use: bool = False
     last_id: int = 0
+    modes: tuple[str, ...] = (SEQUENCE,)
 
     @classmethod
     def from_mapping(cls, data: object, path: str) -> HostSecrets:
@@ -249,6 +277,7 @@ class HostSecrets:
             **({"rotation": self.rotation} if self.rotation else {}),
             **({"single_use": True} if self.single_use else {}),
             **({"one_time_last": self.last_id} if self.last_id else {}),
+            **({"modes": list(self.modes)} if self.modes != (SEQUENCE,) else {}),
             "tripwires": {"seed": self.tripwire_seed.hex(), "avoid": sorted(self.avoid)},
             "operators": {name: operator.to_mapping() for name, operator in self.operators.items()},
         }
@@ -261,6 +290,7 @@ class HostSecrets:
             "removed": self.removed,
             **({"packages": list(self.packages)} if self.packages else {}),
             **({"single_use": True} if self.single_use else {}),
+            **({"modes": list(self.modes)} if self.modes != (SEQUENCE,) else {}),
             "operators": {name: operator.describe() for name, operator in self.operators.items()},
         }
 
@@ -278,12 +308,34 @@ class HostSecrets:
             if entry.one_time is None or entry.one_time.state != HONOURED
         ]
         active = [(name, entry) for name, entry in chosen if entry.active]
-        return [
-            *((name, entry.current.knocks) for name, entry in active),
-            *((name, entry.next.knocks) for name, entry in active if entry.next is not None),
-            *((name, entry.current.knocks) for name, entry in chosen if not entry.active),
-            *((name, entry.next.knocks) for name, entry in chosen if not entry.active and entry.next is not None),
+        stored = [
+            *((name, entry.current) for name, entry in active),
+            *((name, entry.next) for name, entry in active if entry.next is not None),
+            *((name, entry.current) for name, entry in chosen if not entry.active),
+            *((name, entry.next) for name, entry in chosen if not entry.active and entry.next is not None),
         ]
+        found = [(name, sequence.opening(mode)) for mode in self.modes for name, sequence in stored]
+        return [(name, knocks) for name, knocks in found if knocks]
+
+    @property
+    def mode(self) -> str:
+        """What the gate is to be opened with."""
+        return self.modes[0]
+
+    def for_mode(self, mode: str) -> HostSecrets:
+        """Return this for a gate that is to be opened so; what it may still want comes after that."""
+        return replace(self, modes=(mode, *(former for former in self.modes if former != mode)))
+
+    def check_mode(self, mode: str) -> None:
+        """Refuse secrets that are not what a gate is opened with.
+
+        :raises PortknockError: they aren't.
+        """
+        if mode != self.mode:
+            raise PortknockError(
+                f"knock_server_backend: expected one that is opened by what the keyring holds for {self.host} ({self.mode}); got "
+                f"one that is opened by {mode}. Run site.yml, which makes that."
+            )
 
     def one_time(self, operator: str | None = None) -> list[tuple[str, Mapping[int, tuple[Knock, ...]]]]:
         """Return the one-time sequences that a client may use, by id: groups with their operators' names, likeliest first.
@@ -333,7 +385,7 @@ class HostSecrets:
         return {
             name: Honoured(
                 number=numbers[name],
-                sequences=[stored.knocks for stored in self.operators[name].honoured],
+                sequences=[stored.opening(self.mode) for stored in self.operators[name].honoured],
                 valid_until=_optional_seconds(self.operators[name].valid_until),
                 valid_from=_valid_from(self.operators[name]),
                 one_time=self.operators[name].once,
@@ -361,7 +413,7 @@ class HostSecrets:
 
     def to_prove(self, operators: Sequence[str]) -> tuple[Knock, ...]:
         """Return the sequence that a proof of the gate uses, where it is a reusable one: see :meth:`prover`."""
-        return self.operators[self.prover(operators)].wanted.knocks
+        return self.operators[self.prover(operators)].wanted.opening(self.mode)
 
     def _is_new(self, name: str) -> bool:
         operator = self.operators[name]
@@ -379,6 +431,7 @@ class HostSecrets:
             self,
             operators={name: operator.promoted(now) for name, operator in self.operators.items()},
             single_use=self.single_use if single_use is None else single_use,
+            modes=self.modes[:1],
         )
 
     @property
@@ -389,7 +442,7 @@ class HostSecrets:
         does not change it.
         """
         honoured = {
-            name: _fingerprinted(operator)
+            name: _fingerprinted(operator, self.mode)
             for name, operator in sorted(self.operators.items())
             if operator.active and not operator.revoked
         }
@@ -658,15 +711,15 @@ def _describe_stock(stock: Stock) -> dict[str, object]:
     return {"size": stock.size, "state": stock.state, "sequences": len(stock.sequences)}
 
 
-def _fingerprinted(operator: Operator) -> object:
+def _fingerprinted(operator: Operator, mode: str) -> object:
     close = [[str(knock) for knock in stored.knocks] for stored in operator.close]
-    return {"open": _opening(operator), "close": close} if close else _opening(operator)
+    return {"open": _opening(operator, mode), "close": close} if close else _opening(operator, mode)
 
 
-def _opening(operator: Operator) -> object:
+def _opening(operator: Operator, mode: str) -> object:
     if operator.opens_once:
         return [{identity: list(map(str, knocks)) for identity, knocks in operator.once.items()}, operator.valid_until]
-    sequences = [[str(knock) for knock in stored.knocks] for stored in operator.honoured]
+    sequences = [[str(knock) for knock in stored.opening(mode)] for stored in operator.honoured]
     if len(sequences) == 1 and operator.valid_until is None:
         return sequences[0]
     return [sequences, operator.valid_until]
@@ -691,6 +744,7 @@ def _describe(stored: StoredSequence) -> dict[str, object]:
         "knocks": len(stored.knocks),
         "source": stored.source,
         "created": stored.created,
+        **({} if stored.spa is None else {"spa": True}),
     }
 
 
@@ -771,6 +825,18 @@ class _Node:
         except PortknockError:
             raise self.damaged("a list of packages") from None
 
+    def modes(self) -> tuple[str, ...]:
+        if not isinstance(self.value, list) or not self.value or not all(mode in MODES for mode in self.value):
+            raise self.damaged(f"a list of {' and '.join(MODES)}")
+        return tuple(self.value)
+
+    def spa(self) -> Knock:
+        try:
+            knock = parse_knock(self.value, "spa", secret=True, protocols=(SPA,))
+        except PortknockError:
+            raise self.damaged("port/protocol/spa:key:key") from None
+        return knock
+
     def knocks(self) -> tuple[Knock, ...]:
         try:
             knocks = parse_knocks(self.value, "knocks", secret=True)
@@ -786,7 +852,7 @@ def _read_host(node: _Node) -> HostSecrets:
         raise node.damaged(f"a keyring file of format {FORMAT}, not of a newer one that a later release wrote,")
     top = node.mapping(
         ("format", "keyring", "host", "generation", "tripwires", "operators"),
-        ("removed", "packages", "rotation", "single_use", "one_time_last"),
+        ("removed", "packages", "rotation", "single_use", "one_time_last", "modes"),
     )
     if top["format"].value != FORMAT:
         raise top["format"].damaged(str(FORMAT))
@@ -804,6 +870,7 @@ def _read_host(node: _Node) -> HostSecrets:
         rotation=top["rotation"].text(r"[0-9a-f]{1,64}", "the id of a rotation") if "rotation" in top else None,
         single_use=top["single_use"].flag() if "single_use" in top else False,
         last_id=top["one_time_last"].count(1) if "one_time_last" in top else 0,
+        modes=top["modes"].modes() if "modes" in top else (SEQUENCE,),
     )
 
 
@@ -848,12 +915,13 @@ def _read_stock(node: _Node) -> Stock:
 
 
 def _read_sequence(node: _Node) -> StoredSequence:
-    entry = node.mapping(("generation", "knocks", "source", "created"))
+    entry = node.mapping(("generation", "knocks", "source", "created"), ("spa",))
     return StoredSequence(
         generation=entry["generation"].count(1),
         knocks=entry["knocks"].knocks(),
         source=entry["source"].text("|".join(SOURCES), " or ".join(SOURCES)),
         created=entry["created"].time(),
+        spa=entry["spa"].spa() if "spa" in entry else None,
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import send_spa
 
 FAMILIES = {"any": socket.AF_UNSPEC, "inet": socket.AF_INET, "inet6": socket.AF_INET6}
 _FAMILY_NAMES = {int(number): name for name, number in FAMILIES.items()}
@@ -157,13 +158,15 @@ def send(address: Address, knocks: Sequence[Knock], gap: float = 0.0, source: st
 
     :param source: the local address to knock from; None leaves it to the system.
     :raises OSError: there is no way to the address.
-    :raises PortknockError: the system lets this user send no echo requests.
+    :raises PortknockError: the system lets this user send no echo requests, or has no program fwknop that sends what is one.
     """
     for index, knock in enumerate(knocks):
         if index and gap:
             time.sleep(gap)
         target = address.at(knock.port).sockaddr
-        if knock.proto == "icmp":
+        if knock.spa:
+            _send_spa(address, knock, source)
+        elif knock.proto == "icmp":
             _send_echo(address, knock.port, source)
         elif knock.proto == "udp":
             with _socket(address.family, socket.SOCK_DGRAM, source) as sock:
@@ -174,6 +177,16 @@ def send(address: Address, knocks: Sequence[Knock], gap: float = 0.0, source: st
                 code = sock.connect_ex(target)
             if code not in (0, errno.EINPROGRESS, errno.ECONNREFUSED):
                 raise OSError(code, errno.errorcode.get(code, "error"))
+
+
+def _send_spa(address: Address, knock: Knock, source: str | None) -> None:
+    """Send the one packet that asks for a port, for the address that a connection to the host would come from."""
+    if address.family != socket.AF_INET:
+        raise OSError(errno.EAFNOSUPPORT, "fwknop has no IPv6")
+    asking = source or local_address(address)
+    if not asking:
+        raise OSError(errno.ENETUNREACH, "no way to the address")
+    send_spa(address.host, knock, asking)
 
 
 def _send_echo(address: Address, size: int, source: str | None) -> None:
@@ -207,6 +220,16 @@ def _checksum(message: bytes) -> int:
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
+
+
+def local_address(address: Address) -> str:
+    """The address that packets to the host leave from, empty where there is no way to it."""
+    with socket.socket(address.family, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(address.at(9).sockaddr)
+        except OSError:
+            return ""
+        return str(sock.getsockname()[0])
 
 
 def probe(address: Address, timeout: float, banner: float = 0.0, source: str | None = None) -> Probe:
@@ -582,6 +605,7 @@ __all__ = (
     "knock_until_closed",
     "knock_until_open",
     "knock_with_any",
+    "local_address",
     "probe",
     "probe_udp",
     "resolve",

@@ -16,11 +16,16 @@ _SET = re.compile(
 
 # As knockd's configuration has them.
 _SEQUENCE = re.compile(r"^(?P<head>\s*sequence\s*=\s*)(?P<knocks>\S.*)$", re.MULTILINE | re.IGNORECASE)
+# As fwknopd's has them.
+_KEY = re.compile(
+    r"^(?P<head>\s*(?:(?:HMAC_)?KEY(?:_BASE64)?|GPG_(?:DECRYPT|SIGNING)_PW)[ \t]+)(?P<key>\S.*)$",
+    re.MULTILINE | re.IGNORECASE,
+)
 _NUMBER = re.compile(r"(?<![\w.])[0-9]{4,5}(?![\w.])")
 
 
 def masked(before: str, after: str) -> tuple[str, str]:
-    """Both texts with secret elements and sequences replaced by their number; where only these differ, the second says so."""
+    """Both texts with secret elements, sequences and keys replaced; where only these differ, the second says so."""
     old = {match.group("name"): _split(match) for match in _SET.finditer(before)}
 
     def hide(match: Match[str]) -> str:
@@ -47,8 +52,14 @@ def masked(before: str, after: str) -> tuple[str, str]:
     def hide_number(match: Match[str]) -> str:
         return "(secret)" if match.group(0) in secret else match.group(0)
 
+    keys = {match.group("key") for match in _KEY.finditer(before)}
+
+    def hide_key(match: Match[str]) -> str:
+        other = "another " if keys and match.group("key") not in keys else ""
+        return f"{match.group('head')}({other}secret)"
+
     shown = _SET.sub(hide, before), _SET.sub(hide_and_compare, after)
-    first, second = (_NUMBER.sub(hide_number, _SEQUENCE.sub(hide_sequence, text)) for text in shown)
+    first, second = (_NUMBER.sub(hide_number, _KEY.sub(hide_key, _SEQUENCE.sub(hide_sequence, text))) for text in shown)
     return first, second
 
 

@@ -28,7 +28,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     check_not_all_revoked,
     check_operators,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import SEQUENCE, SPA, Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import (
     DEFAULT_LENGTH,
     SEED_BYTES,
@@ -113,6 +113,7 @@ def plan_secrets(
     one_time: int = 0,
     close_sequence: bool = False,
     is_bare: bool = False,
+    spa: Knock | None = None,
     random: Random | None = None,
 ) -> Plan:
     """Say what a host's entry is to become, so that every operator has a sequence; nothing is written.
@@ -131,6 +132,7 @@ def plan_secrets(
     * An entry that was marked removed is live again.
     * Packages are noted, and so is a gate that is to be a single-use one; neither changes secrets, so the generation stays.
       That it is one no more is noted by :meth:`HostSecrets.promoted`: until then clients have to reckon with it.
+    * With ``spa``, a protected port, the gate is opened by one packet that asks for it: each sequence has keys beside it.
     * ``valid_until`` gives each operator that it names a time, and takes those of others away; None leaves them as they are.
 
     :param now: the time, for what is created, such as 2026-01-31T08:15:00Z.
@@ -144,6 +146,11 @@ def plan_secrets(
         raise PortknockError(
             f"{SEQUENCES_OPTION}: expected none where knock_server_one_time is set, since each sequence is used once; got "
             f"those of {', '.join(sequences)}."
+        )
+    if spa is not None and sequences:
+        raise PortknockError(
+            f"{SEQUENCES_OPTION}: expected none where knock_server_backend is opened by one packet (fwknop), whose keys the "
+            f"keyring makes; got those of {', '.join(sequences)}."
         )
     warnings = _check_given(sequences, protected, nmap_ports, in_use)
     _check_readmitted(readmit, names)
@@ -174,11 +181,14 @@ def plan_secrets(
                 )
         else:
             planned[name] = entry = _clear_of(protected, name, replace(entry, active=True), new, deployed)
-            if entry.wanted.source == GENERATED and len(entry.wanted.knocks) != length:
+            if spa is None and entry.wanted.source == GENERATED and len(entry.wanted.knocks) != length:
                 warnings.append(
                     f"knock_server_sequence_length: the sequence of operator {name} on {host} keeps its "
                     f"{len(entry.wanted.knocks)} knocks; {length} take effect when it is rotated."
                 )
+    # Whoever was revoked gets new ones, or none.
+    planned = {name: entry if entry.revoked else entry.with_spa(spa) for name, entry in planned.items()}
+    mode = SEQUENCE if spa is None else SPA
     if valid_until is not None:
         planned = {name: replace(entry, valid_until=valid_until.get(name)) for name, entry in planned.items()}
         warnings += [
@@ -236,6 +246,7 @@ def plan_secrets(
             packages=tuple(packages),
             single_use=single_use,
             last_id=last_id,
+            modes=(mode,),
         )
         return Plan(fresh, True, created, tuple(warnings))
     noted = (*existing.packages, *(name for name in packages if name not in existing.packages))
@@ -243,7 +254,7 @@ def plan_secrets(
     ordered = {name: planned[name] for name in (*known, *created)}
     same = replace(
         existing, operators=ordered, removed=False, keyring_id=keyring_id, last_id=max(existing.last_id, last_id)
-    )
+    ).for_mode(mode)
     check_not_all_revoked(names, same)
     if same == existing and not adopted:
         latest = replace(existing, packages=noted, single_use=existing.single_use or single_use)

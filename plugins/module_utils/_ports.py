@@ -1,6 +1,11 @@
 # Copyright (c) 2026, fleet.portknock contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Ports and knocks as people write them: ``22/tcp``, and ``300/icmp`` for an echo request with 300 bytes of payload."""
+"""Ports and knocks as people write them: ``22/tcp``, and ``300/icmp`` for an echo request with 300 bytes of payload.
+
+``22/tcp/spa:KEY:HMAC`` is one packet (single packet authorization) that asks for 22/tcp: encrypted with a key of 32 bytes and
+authenticated with one of 64, both in base64. ``@192.0.2.7`` after that says for which address it asks, where it is not the one
+that it leaves from.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +15,35 @@ from typing import NamedTuple, Sequence
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 
 PROTOCOLS = ("tcp", "udp")
-# What a client can send.
+# What a client can knock with.
 KNOCK_PROTOCOLS = (*PROTOCOLS, "icmp")
+# And all that it can send.
+SPA = "spa"
+# What a gate is opened with: ports in their order, or one packet with a one-time token.
+SEQUENCE = "sequence"
+MODES = (SEQUENCE, SPA)
+SENT_PROTOCOLS = (*KNOCK_PROTOCOLS, SPA)
 HIGHEST_PORT = 65535
 # Bytes of payload: what the 16 bits of an IPv4 packet's length leave beside its own header and that of the echo request.
 LONGEST_PAYLOAD = 65535 - 20 - 8
-_KNOCK = re.compile(r"([0-9]{1,5})/([a-z]+)", re.ASCII)
+_KNOCK = re.compile(
+    rf"([0-9]{{1,5}})/([a-z]+)(?:/{SPA}:([A-Za-z0-9+/]{{43}}=:[A-Za-z0-9+/]{{86}}==(?:@[0-9]{{1,3}}(?:\.[0-9]{{1,3}}){{3}})?))?",
+    re.ASCII,
+)
 
 
 class Knock(NamedTuple):
-    """One port of one protocol: a knock, or a port to protect. For icmp ``port`` is the payload's length."""
+    """One port of one protocol: a knock, or a port to protect. For icmp ``port`` is the payload's length.
+
+    With ``spa``, which is secret, it is one packet that asks for that port: the two keys, and the address that it asks for.
+    """
 
     port: int
     proto: str
+    spa: str = ""
 
     def __str__(self) -> str:
-        return f"{self.port}/{self.proto}"
+        return f"{self.port}/{self.proto}/{SPA}:{self.spa}" if self.spa else f"{self.port}/{self.proto}"
 
 
 def parse_knock(value: object, option: str, secret: bool = False, protocols: Sequence[str] = PROTOCOLS) -> Knock:
@@ -39,9 +57,12 @@ def parse_knock(value: object, option: str, secret: bool = False, protocols: Seq
     """
     match = _KNOCK.fullmatch(value) if isinstance(value, str) else None
     if match is not None:
-        knock = Knock(int(match.group(1)), match.group(2))
+        knock = Knock(int(match.group(1)), match.group(2), match.group(3) or "")
         highest = LONGEST_PAYLOAD if knock.proto == "icmp" else HIGHEST_PORT
-        if 1 <= knock.port <= highest and knock.proto in protocols:
+        known = [proto for proto in protocols if proto != SPA]
+        if knock.spa:
+            known = [*PROTOCOLS] if SPA in protocols else []
+        if 1 <= knock.port <= highest and knock.proto in known:
             return knock
     came = "another value" if secret else repr(value)
     lengths = f" (or bytes/icmp, 1 to {LONGEST_PAYLOAD})" if "icmp" in protocols else ""
@@ -96,7 +117,11 @@ __all__ = (
     "HIGHEST_PORT",
     "KNOCK_PROTOCOLS",
     "LONGEST_PAYLOAD",
+    "MODES",
     "PROTOCOLS",
+    "SENT_PROTOCOLS",
+    "SEQUENCE",
+    "SPA",
     "Knock",
     "parse_knock",
     "parse_knocks",

@@ -22,11 +22,19 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     Address,
     Probe,
     knock_with_any,
+    local_address,
     probe,
     probe_udp,
     resolve,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, Knock, parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    HIGHEST_PORT,
+    SENT_PROTOCOLS,
+    SPA,
+    Knock,
+    parse_knocks,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import check_client
 
 # Longer than the kernel waits before it repeats a SYN (1 s), so that one lost packet doesn't look like silence.
 LOOK_SECONDS = 1.5
@@ -102,11 +110,14 @@ def _scout(request: Mapping[str, Any]) -> dict[str, Any]:
     """Which addresses a proof would look at, and the sources that its packets would come from; sends none.
 
     :param request: ``host``, ``port`` and ``family`` as ssh would use them; ``addresses`` (packed) that the controller
-        resolves that to, none where it leaves it to this host; ``further`` addresses of the host; ``place``.
+        resolves that to, none where it leaves it to this host; ``further`` addresses of the host; ``place``; ``mode`` where
+        the gate is to be opened otherwise than by a sequence.
     :returns: ``addresses`` and ``others`` (packed), and ``sources``.
-    :raises PortknockError: no address leads from here to the host.
+    :raises PortknockError: no address leads from here to the host, or nothing here could open the gate.
     """
     place, port = request["place"], request["port"]
+    if request.get("mode") == SPA:
+        check_client(place)
     named = [Address.unpacked(item) for item in request["addresses"]] or resolve(
         request["host"], port, request["family"]
     )
@@ -136,7 +147,9 @@ def _prove_applied(request: Mapping[str, Any]) -> dict[str, Any]:
         ``without_ipv6`` where IPv6 stays closed.
     """
     once = [parse_knocks(knocks, "once", secret=True) for knocks in request.get("once", ())]
-    return prove(_subject_of(request), parse_knocks(request["knocks"], "knocks", secret=True), once).as_result()
+    return prove(
+        _subject_of(request), parse_knocks(request["knocks"], "knocks", secret=True, protocols=SENT_PROTOCOLS), once
+    ).as_result()
 
 
 def _prove_removed(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -378,16 +391,6 @@ def is_trusted(address: str | None, trusted: Sequence[str]) -> bool:
         source.version == network.version and source in network
         for network in (ipaddress.ip_network(text, strict=False) for text in trusted)
     )
-
-
-def local_address(address: Address) -> str:
-    """The address that packets to the host leave from, empty where there is no way to it."""
-    with socket.socket(address.family, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect(address.at(9).sockaddr)
-        except OSError:
-            return ""
-        return str(sock.getsockname()[0])
 
 
 __all__ = ("QUESTIONS", "Proof", "Subject", "answer", "is_trusted", "local_address", "packed_addresses", "prove")

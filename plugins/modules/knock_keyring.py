@@ -105,6 +105,12 @@ options:
         of this keyring.
     type: bool
     default: false
+  backend:
+    description:
+      - What enforces the gate. With V(fwknop), which is opened by one packet, each operator has keys for that beside the
+        sequence.
+    type: str
+    default: nftables
   packages:
     description:
       - With O(state=present), packages that are about to be installed on the host for the gate. They are noted in the entry,

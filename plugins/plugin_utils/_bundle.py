@@ -42,12 +42,14 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     utc_now,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import client_stanza
 from ansible_collections.fleet.portknock.plugins.module_utils._system import write_bytes
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import keyring_options, open_keyring
 from ansible_collections.fleet.portknock.plugins.plugin_utils._program import helper_program
 
 SSH_PORT = 22
 DEFAULT_FOLDER = "portknock_bundles"
+FWKNOPRC = "fwknoprc"
 _TAR = ".tar"
 _PRIVATE = 0o600
 # What ends a word in ssh_config, means something in a list of patterns, or is refused by ssh itself.
@@ -143,10 +145,21 @@ def whole_bundle(
         CONFIG: ssh_config(operator, folder, chosen).encode(),
         PROGRAM: helper_program(),
         SECRETS: secrets.to_text().encode(),
+        **_fwknoprc(secrets),
         **card_files(operator, [_on_card(target, secrets.hosts[target.secrets.host]) for target in chosen], qr),
     }
     keyrings = sorted({target.secrets.keyring_id for target in chosen} - {""})
     return Bundle(Manifest(folder, operator, tuple(keyrings), tuple(sorted(files))), files)
+
+
+def _fwknoprc(secrets: HelperSecrets) -> dict[str, bytes]:
+    """The stanzas by which the program ``fwknop`` itself opens hosts, where there are such: a file that holds secrets."""
+    stanzas = [
+        client_stanza(name, access.hostname, access.sequences[0][0])
+        for name, access in secrets.hosts.items()
+        if access.sequences and access.sequences[0][0].spa
+    ]
+    return {FWKNOPRC: "\n".join(stanzas).encode()} if stanzas else {}
 
 
 def ssh_config(operator: str, folder: str, targets: Iterable[Target]) -> str:

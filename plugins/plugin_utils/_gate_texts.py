@@ -17,7 +17,12 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     utc_now,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._planning import plan_secrets
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import parse_knocks
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    SEQUENCE,
+    SPA,
+    Knock,
+    parse_knocks,
+)
 from ansible_collections.fleet.portknock.plugins.plugin_utils._rendering import render
 
 _FIRST_UNPRIVILEGED = 1024
@@ -56,7 +61,12 @@ def gate_texts(
 
 
 def with_throwaway_secrets(
-    entry: HostSecrets | None, host: str, operators: Sequence[str], settings: GateSettings, found: Mapping[str, Any]
+    entry: HostSecrets | None,
+    host: str,
+    operators: Sequence[str],
+    settings: GateSettings,
+    found: Mapping[str, Any],
+    mode: str = SEQUENCE,
 ) -> HostSecrets:
     """The entry as a check needs it: with secrets for whoever has none yet, which are written nowhere."""
     in_use = parse_knocks(found["ports_in_use"], "ports_in_use")
@@ -72,7 +82,15 @@ def with_throwaway_secrets(
         close_sequence=settings.close_sequence,
         state=read_host_state(found["gate"]) if settings.one_time else None,
         is_bare=found["gate"]["present"] is False,
+        spa=_any_port(settings) if mode == SPA else None,
     ).secrets
+
+
+def _any_port(settings: GateSettings) -> Knock:
+    """A protected port."""
+    return (
+        Knock(settings.protected_tcp[0], "tcp") if settings.protected_tcp else Knock(settings.protected_udp[0], "udp")
+    )
 
 
 __all__ = ("gate_texts", "with_throwaway_secrets")

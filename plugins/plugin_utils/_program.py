@@ -26,6 +26,7 @@ _MODULES = (
     "_ports",
     "_relay",
     "_setup",
+    "_spa",
     "_system",
     "_usage",
 )

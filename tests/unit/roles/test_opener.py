@@ -91,11 +91,23 @@ def test_where_a_daemon_is_to_listen(opener: ModuleType) -> None:
 
 def test_settings(opener: ModuleType) -> None:
     text = json.dumps({"argv": ["/bin/d", "-i", "{interface}"], "expand": ["a.conf"], "memory": 5, "one_time": "b"})
-    assert opener.read_settings(text) == (["/bin/d", "-i", "{interface}"], ["a.conf"], 5, "b")
-    assert opener.read_settings('{"argv": ["d"]}') == (["d"], [], 0, "")
+    assert opener.read_settings(text) == (["/bin/d", "-i", "{interface}"], ["a.conf"], 5, "b", False, "")
+    assert opener.read_settings('{"argv": ["d"]}') == (["d"], [], 0, "", False, "")
+    assert opener.read_settings('{"argv": ["d"], "everywhere": true, "state": "/s"}')[4:] == (True, "/s")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"argv": []}', '{"argv": [1]}', '{"argv": ["a"], "memory": "x"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"argv": []}',
+        '{"argv": [1]}',
+        '{"argv": ["a"], "memory": "x"}',
+        '{"argv": ["a"], "everywhere": 1}',
+    ],
+)
 def test_settings_that_say_nothing(opener: ModuleType, text: str) -> None:
     with pytest.raises(opener.OpenerError, match=r"opener\.json: expected argv"):
         opener.read_settings(text)

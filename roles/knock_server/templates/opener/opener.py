@@ -1,12 +1,12 @@
 # Copyright (c) 2026, fleet.portknock contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Keeps a sniffing daemon at work on each interface that packets from outside can come in at.
+"""Keeps a sniffing daemon at work on each interface that packets from outside can come in at, or one on all of them.
 
 Runs on the host, with Python's standard library alone, as fleet-portknock-opener.service: ``opener.py FOLDER``, whose file
 opener.json says which daemon that is. The daemons that there are look at their interface once, when they start: one that has
 no address then is deaf for ever, one whose address changes goes on waiting at the former. So the kernel is asked which
 interfaces there are, and tells every change; a daemon runs where there is an address, is started anew when these change, and
-when it ends, however that comes. What it opened the kernel closes.
+when it ends, however that comes. One that listens everywhere is but kept alive. What it opened the kernel closes.
 
 Where it has one-time sequences, it waits for those that may open now and some of the next, not for a whole stock: the kernel,
 which knows what has been used, tells when others are armed.
@@ -100,12 +100,15 @@ class Settings(NamedTuple):
     ``{folder}`` stands for the folder, ``{interface}`` for the interface's name, and ``{run}`` for the folder of the copies,
     which only root can read and which goes with the daemon. ``memory`` bounds its address space, in bytes; 0 does not.
     ``one_time`` is the one of these files that has one-time sequences, see :func:`selected`; empty for none.
+    ``everywhere`` is one that listens on all interfaces at once, and ``state`` a folder that has to be there for it.
     """
 
     argv: Sequence[str]
     expand: Sequence[str]
     memory: int
     one_time: str
+    everywhere: bool = False
+    state: str = ""
 
 
 class Link(NamedTuple):
@@ -125,6 +128,10 @@ class Interface(NamedTuple):
     addresses: frozenset[str]
 
 
+# Where one daemon listens to all there are, as libpcap calls it. It needs no address, and nothing changes it.
+EVERYWHERE = {0: Interface(0, "any", frozenset())}
+
+
 class OpenerError(Exception):
     """What a person has to know."""
 
@@ -136,12 +143,21 @@ def read_settings(text: str) -> Settings:
     """
     try:
         found = json.loads(text)
-        settings = Settings(found["argv"], found.get("expand", []), found.get("memory", 0), found.get("one_time", ""))
+        settings = Settings(
+            found["argv"],
+            found.get("expand", []),
+            found.get("memory", 0),
+            found.get("one_time", ""),
+            found.get("everywhere", False),
+            found.get("state", ""),
+        )
         names = [*settings.argv, *settings.expand, settings.one_time]
         if (
             not settings.argv
             or not all(isinstance(name, str) for name in names)
             or not isinstance(settings.memory, int)
+            or not isinstance(settings.everywhere, bool)
+            or not isinstance(settings.state, str)
         ):
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -534,6 +550,9 @@ def main(folder: str) -> None:
     except OSError as exc:
         raise OpenerError(f"{SETTINGS}: expected to be able to read it; got {exc.strerror}.") from None
     os.umask(0o077)
+    if settings.state:
+        with contextlib.suppress(OSError):
+            os.makedirs(settings.state, exist_ok=True)
     _forget_the_dead()
     channel = subscribe()
     tables = subscribe_to_tables() if settings.one_time else None
@@ -550,7 +569,7 @@ def main(folder: str) -> None:
                 opener.arm(read_armed())
             if _has_changed(channel) or not is_known:
                 try:
-                    opener.follow(read_interfaces())
+                    opener.follow(EVERYWHERE if settings.everywhere else read_interfaces())
                     is_known = True
                 except OSError as exc:
                     is_known = False

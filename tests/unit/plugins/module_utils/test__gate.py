@@ -274,7 +274,7 @@ def run(steps: list[dict[str, Any]], knocks: list[Knock], strict: bool) -> bool:
     """What the rules do with these packets, in words of Python."""
     table = {(step["state"], step["proto"], step["port"]): step["next"] for step in steps}
     progress = "0:0"
-    for port, proto in knocks:
+    for port, proto, _spa in knocks:
         after = table.get((progress, proto, port)) or table.get(("0:0", proto, port)) or ("4:0" if strict else "3:0")
         if after.startswith("2:"):
             return True

@@ -39,7 +39,7 @@ class Fwknop(Nftables):
 
         :raises PortknockError: something that the gate can't do without is refused.
         """
-        return {**super().capabilities(), "clock": True}
+        return {**super().capabilities(), "clock": True, "counts": self._counts()}
 
     def check(self, texts: Mapping[str, str]) -> None:
         """Let nft and the kernel check the rules, and fwknopd its settings.

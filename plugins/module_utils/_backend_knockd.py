@@ -11,10 +11,6 @@ from ansible_collections.fleet.portknock.plugins.module_utils._backend_nftables 
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import HostFile, files_of
 
 _DAEMON = "/usr/sbin/knockd"
-# nft 0.9.8 crashes over it.
-_COUNT = (
-    "set s { type ipv4_addr; flags dynamic,timeout; timeout 1d; elements = { 192.0.2.1 counter packets 2 bytes 0 } }"
-)
 _OPENER_FILES = ("opener", "opener_settings", "open", "knockd_conf")
 _OPENER = "fleet-portknock-opener.service"
 
@@ -40,8 +36,7 @@ class Knockd(Nftables):
         """
         # The option that leaves IPv6 out came with IPv6.
         ipv6 = "--only-ip-v4" in self._run([_DAEMON, "--help"], None).stdout
-        counts = self._check(_COUNT).code == 0
-        return {**super().capabilities(), "one_time": True, "clock": True, "ipv6": ipv6, "counts": counts}
+        return {**super().capabilities(), "one_time": True, "clock": True, "ipv6": ipv6, "counts": self._counts()}
 
 
 __all__ = ("Knockd",)

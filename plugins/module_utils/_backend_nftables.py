@@ -65,6 +65,10 @@ _WANTED = {
     "socket_wildcard": "chain c { type filter hook prerouting priority -150; socket wildcard 0 accept; }",
     "clock": "chain c { type filter hook prerouting priority -150; meta time >= 1767225600 meta time < 4102444800 accept; }",
 }
+# What a command of a daemon's does with records, and rules need not; nft 0.9.8 crashes over it.
+_COUNT = (
+    "set s { type ipv4_addr; flags dynamic,timeout; timeout 1d; elements = { 192.0.2.1 counter packets 2 bytes 0 } }"
+)
 # The kernel's reasons for refusing a rule; nft prints them after this phrase, and nothing of the rule with them.
 _KERNEL_REASON = re.compile(r"Could not process rule: ([A-Za-z ,'-]+)")
 _ELEMENT_COUNT = re.compile(r"\bcounter packets [0-9]+ bytes [0-9]+ (?=timeout |expires )")
@@ -255,6 +259,10 @@ class Nftables:
     def unload_command(self) -> str:
         """Shell command that leaves nothing."""
         return f"{self.program} {shlex.quote(_FRESH_TABLE)}"
+
+    def _counts(self) -> bool:
+        """Whether a command can write how often a source has opened."""
+        return self._check(_COUNT).code == 0
 
     def _check(self, *tables: str) -> Completed:
         text = "".join(f"table inet {TABLE}_probe{index} {{\n{table}\n}}\n" for index, table in enumerate(tables))

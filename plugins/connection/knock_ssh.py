@@ -417,6 +417,9 @@ class Connection(CoreConnection):
             cmd = self._with_first_options(cmd, b"-o", b"ConnectTimeout=%d" % left)
             return super()._bare_run(cmd, in_data, sudoable=sudoable, checkrc=checkrc)
         sent = False
+        if gate.known.single_use:
+            # What the look has used up was sent once more.
+            self._let_open(opened)
         for _again in range(0 if has_one_run else _AGAIN[gate.known.single_use]):
             result = self._unless_refused(gate, cmd, run)
             if result is not None:
@@ -425,6 +428,7 @@ class Connection(CoreConnection):
             display.vvv("Refused after the port was open: what the knock opened was used up; knocking again", self.host)
             with contextlib.suppress(OSError, PortknockError):
                 sent = gate.known.send_again(gate.way, opened)
+                self._let_open(opened)
         return run()
 
     @staticmethod
@@ -580,11 +584,15 @@ class Connection(CoreConnection):
             with open(gate.memory, encoding="ascii") as file:
                 note = _Note(**json.load(file))
             sent = gate.known.send_again(gate.way, note)
-            if sent and gate.known.is_spa:
-                # A daemon opens, not the kernel, and a refused or lost first packet costs more.
-                time.sleep(min(note.took, _LONGEST_WAIT))
+            if sent:
+                self._let_open(note)
             return sent
         return False
+
+    @staticmethod
+    def _let_open(note: _Note) -> None:
+        """Wait as long as the port took to open before, where nobody looks: a daemon takes longer than ssh does to begin."""
+        time.sleep(min(note.took, _LONGEST_WAIT))
 
     def _remember(self, gate: _Gate, known: dict[str, object] | None) -> None:
         """Note for the run's later workers what opened the port, or None: that one has to look each time.

@@ -54,16 +54,18 @@ class Usage:
         :param stocks: likeliest first. What one group begins with is tried before what others end with.
         """
         with self._records() as records:
-            near, far = [], []
+            near, doubtful, far = [], [], []
             for operator, stock in stocks:
                 opened, tried = self._known(records, operator)
                 every = sorted(stock)
                 # A record that is beyond all there are is another host's or time's.
                 left = [identity for identity in every if identity > opened] or every
                 near += [Ticket(operator, identity, stock[identity]) for identity in left[:NEAR]]
+                # Sent without looking after one that opened, it may have been lost, and be all that can open now.
+                doubtful += [Ticket(operator, one, stock[one]) for one in (opened,) if one in stock and one not in left]
                 rest = [identity for identity in left[NEAR:] if identity > tried] or left[NEAR:]
                 far += [Ticket(operator, identity, stock[identity]) for identity in rest]
-        return near + far
+        return near + doubtful + far
 
     def take(self, stocks: Stocks, operator: str) -> Optional[Ticket]:
         """Return the next of an operator that no other process has taken, for a knock that nobody looks after; None where

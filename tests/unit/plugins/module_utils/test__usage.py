@@ -48,6 +48,12 @@ def test_what_opened_late_does_not_bring_back_what_was_sent_after_it(usage: Usag
     assert ids(usage.tickets(stock()))[0] == 4
 
 
+def test_the_last_one_that_opened_is_tried_again_after_the_next_few(usage: Usage) -> None:
+    """Sent blindly behind one that opened it may never have arrived, and a host that has few left arms no other."""
+    usage.note(usage.tickets(stock()), result(0, 2))
+    assert ids(usage.tickets(stock())) == [*range(3, 3 + NEAR), 2, *range(3 + NEAR, 31)]
+
+
 def test_after_a_failure_it_begins_again_and_goes_on_further(usage: Usage) -> None:
     """So that a host that was down is reached at once, and one whose sequences others have used in the end."""
     tickets = usage.tickets(stock(count=60))

@@ -29,6 +29,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     read_host_state,
     utc_now,
 )
+from ansible_collections.fleet.portknock.plugins.module_utils._knocking import check_echo
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
     SEQUENCE,
     SPA,
@@ -149,6 +150,9 @@ class ActionModule(ConfirmedAction):
         given, operator = connection.given_sequences(), connection.get_option("knock_operator")
         self._check_open_ports(settings, destination, found)
         self._check_way_in(settings, destination, found, given, operator, entry.honoured(operators))
+        if not self._place and not self._jump and any(knock.proto == "icmp" for one in sequences for knock in one):
+            # Otherwise the proof would find out, with the gate loaded.
+            check_echo()
         self._warn_of_shut(settings, found)
         gate = {
             "protected": payload["protected"],

@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import AbstractSet, Any
 
 import yaml
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_name
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import check_protocols as check_seen
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import NO_ECHO
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
     check_host_state,
@@ -30,6 +32,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._nmap_ports import
 from ansible_collections.fleet.portknock.plugins.module_utils._planning import Plan, plan_secrets
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
     HIGHEST_PORT,
+    KNOCK_PROTOCOLS,
     SPA,
     Knock,
     parse_knock,
@@ -44,7 +47,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._rotation import (
     revoke,
     scope_of,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._sequences import DEFAULT_LENGTH
+from ansible_collections.fleet.portknock.plugins.module_utils._sequences import DEFAULT_LENGTH, check_protocols
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import check_one_time
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import (
     Keyring,
@@ -58,7 +61,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "state": {"type": "str", "choices": _STATES, "default": "present"},
     "operators": {"type": "list", "elements": "str", "default": ["default"]},
     "length": {"type": "int", "default": DEFAULT_LENGTH},
-    "protocols": {"type": "list", "elements": "str", "choices": ["tcp", "udp"], "default": ["tcp"]},
+    "protocols": {"type": "list", "elements": "str", "choices": list(KNOCK_PROTOCOLS), "default": ["tcp"]},
     # Raw, since the check of a type would print what it was given.
     "sequences": {"type": "raw", "default": {}},
     "protected_ports": {"type": "list", "elements": "str", "default": ["22/tcp"]},
@@ -78,6 +81,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "one_time": {"type": "raw", "default": 0},
     "close_sequence": {"type": "bool", "default": False},
     "backend": {"type": "str", "default": "nftables"},
+    "capabilities": {"type": "dict", "default": {}},
 }
 
 
@@ -115,6 +119,9 @@ class ActionModule(ActionBase):
         if state == "rotation_ended":
             ended = keyring.end_rotation(arguments["scope"], dry_run)
             return {"changed": ended, "keyring_id": keyring.id}
+        if state in ("present", "rotated"):
+            protocols = set(check_protocols(arguments["protocols"], allowed=KNOCK_PROTOCOLS))
+            _check_seen(protocols, arguments["backend"], arguments["capabilities"])
         if state == "present":
             before, (after, _changed, created, warnings) = self._present(keyring, host, arguments)
         elif state == "promoted":
@@ -211,6 +218,8 @@ class ActionModule(ActionBase):
         """Return what was kept, and what became of it."""
         operators = check_operators(arguments["operators"])
         given = parse_given(arguments["sequences"], operators)
+        protocols = {knock.proto for several in given.values() for knocks in several for knock in knocks}
+        _check_seen(protocols, arguments["backend"], arguments["capabilities"])
         valid_until = arguments["valid_until"]
         if valid_until is not None:
             valid_until = parse_valid_until(valid_until, operators)
@@ -273,6 +282,16 @@ def _asked(backend: str, protected: Sequence[Knock], one_time: int = 0) -> Knock
             "knock_server_protected_ports: expected at least one port such as 22/tcp; got an empty list."
         )
     return protected[0]
+
+
+def _check_seen(protocols: AbstractSet[str], backend: str, capabilities: Mapping[str, Any]) -> None:
+    """Stop before sequences are kept that the host's gate could not honour.
+
+    :param capabilities: what knock_gate_info reported of the host; empty where nobody says.
+    """
+    check_seen(backend, protocols)
+    if "icmp" in protocols and capabilities.get("echo") is False:
+        raise PortknockError(f"knock_server_sequence_protocols: {NO_ECHO}")
 
 
 def _port(value: object) -> int:

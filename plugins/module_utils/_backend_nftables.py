@@ -62,6 +62,10 @@ _WANTED = {
         "set s { type classid; flags dynamic; size 8; }\n"
         "chain c { type filter hook prerouting priority -150; add @s { meta priority quota until 87 bytes }; }"
     ),
+    "echo": (
+        "map m { typeof meta priority . ip length : meta priority; elements = { 0:0 . 328 : 0:1 }; }\n"
+        "chain c { type filter hook prerouting priority -150; meta priority set meta priority . ip length map @m; }"
+    ),
     "socket_wildcard": "chain c { type filter hook prerouting priority -150; socket wildcard 0 accept; }",
     "clock": "chain c { type filter hook prerouting priority -150; meta time >= 1767225600 meta time < 4102444800 accept; }",
 }

@@ -13,7 +13,12 @@ from typing import Any, Iterable, Mapping, NamedTuple, Optional, Protocol, Seque
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import Opening, Source
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import SEQUENCE, SPA
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    KNOCK_PROTOCOLS,
+    PROTOCOLS,
+    SEQUENCE,
+    SPA,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._procnet import Peer
 from ansible_collections.fleet.portknock.plugins.module_utils._system import Runner
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
@@ -52,9 +57,9 @@ class Abilities(NamedTuple):
 
 
 BACK_ENDS: Mapping[str, Abilities] = {
-    "nftables": Abilities("kernel", one_time=True, protocols=("tcp", "udp"), close_sequence=True, input_policy=True),
-    "knockd": Abilities("knockd", one_time=True, protocols=("tcp", "udp"), input_policy=True),
-    "fwknop": Abilities("fwknop", one_time=False, protocols=("tcp", "udp"), input_policy=True, mode=SPA),
+    "nftables": Abilities("kernel", one_time=True, protocols=KNOCK_PROTOCOLS, close_sequence=True, input_policy=True),
+    "knockd": Abilities("knockd", one_time=True, protocols=PROTOCOLS, input_policy=True),
+    "fwknop": Abilities("fwknop", one_time=False, protocols=PROTOCOLS, input_policy=True, mode=SPA),
 }
 # In the order in which they are written. The gate comes last: it alone is what a reboot brings back, and it has the same path
 # whatever enforces it, so that a change of the back end has one moment, too. A key means the same file to all who have it.

@@ -84,6 +84,8 @@ def ways(host: CardHost) -> tuple[Way, ...]:
     knocks = host.sequences[0]
     if knocks[0].spa:
         return (_fwknop(host.name),)
+    if _has_echo(knocks):
+        return (_ping(host.hostname, knocks),)
     return (
         _knock(host.hostname, knocks),
         _nmap(host.hostname, knocks),
@@ -148,6 +150,38 @@ def _knock(hostname: str, knocks: Sequence[Knock]) -> Way:
 def _knock_command(hostname: str, knocks: Sequence[Knock]) -> str:
     # A gap, for packets that are sent back to back overtake each other on real paths.
     return f"knock -d 200 {hostname} " + " ".join(f"{knock.port}:{knock.proto}" for knock in knocks)
+
+
+def _line(hostname: str, knocks: Sequence[Knock]) -> str:
+    """One command that sends any sequence."""
+    return _ping(hostname, knocks).commands[0] if _has_echo(knocks) else _knock_command(hostname, knocks)
+
+
+def _ping(hostname: str, knocks: Sequence[Knock]) -> Way:
+    others = {
+        proto: f'timeout 1 bash -c "echo >/dev/{proto}/{hostname}/{{}}" 2>/dev/null; sleep 0.2'
+        for proto in ("tcp", "udp")
+    }
+    # Without an answer ping waits for a second.
+    steps = (
+        f"ping -n -c 1 -W 1 -s {knock.port} {hostname} >/dev/null"
+        if knock.proto == "icmp"
+        else others[knock.proto].format(knock.port)
+        for knock in knocks
+    )
+    tool = "ping" if all(knock.proto == "icmp" for knock in knocks) else "ping and bash"
+    return Way(
+        f"{tool} (Debian: package iputils-ping)",
+        ("; ".join(steps),),
+        (
+            "Other tools can't send what bytes/icmp stands for, an echo request with so many bytes of payload. On macOS it is "
+            "-t 1 instead of -W 1.",
+        ),
+    )
+
+
+def _has_echo(knocks: Sequence[Knock]) -> bool:
+    return any(knock.proto == "icmp" for knock in knocks)
 
 
 def _nmap(hostname: str, knocks: Sequence[Knock]) -> Way:
@@ -290,9 +324,11 @@ def _part(host: CardHost, qr: Callable[[str], QrCode] | None) -> _Part:
     if host.sequences[0][0].spa:
         if host.jump:
             return _Part(title, (f"Only its jump host, {_printable(host.jump)}, can open it: use the helper.",), ())
-        only = "One packet opens it, which a program has to make: IPv4 only. There is no other way, and none for a phone."
+        only = (
+            "One packet opens it, which a program has to make: IPv4 only. There is no other way, and none for a phone."
+        )
         return _Part(title, (only,), (*ways(host), Way("Then", (_ssh(host),))))
-    first, *others = (_knock_command(host.hostname, knocks) for knocks in host.sequences[:LISTED])
+    first, *others = (_line(host.hostname, knocks) for knocks in host.sequences[:LISTED])
     intro = ["Knocks, in this order: " + " ".join(map(str, host.sequences[0]))]
     spare = "If that does not open: another sequence, which may be in force during a rotation"
     if host.one_time:
@@ -312,19 +348,26 @@ def _part(host: CardHost, qr: Callable[[str], QrCode] | None) -> _Part:
     found.append(Way("Then, on your own machine" if host.jump else "Then", (_ssh(host),)))
     if host.close:
         found.append(_closing(host))
-    found.append(_phone(first, qr))
+    if not _has_echo(host.sequences[0]):
+        found.append(_phone(first, qr))
     return _Part(title, tuple(intro), tuple(found))
 
 
 def _closing(host: CardHost) -> Way:
-    tools = (_knock(host.hostname, host.close), _bash(host.hostname, host.close))
+    has_echo = _has_echo(host.close)
+    tools = (
+        (_ping(host.hostname, host.close),)
+        if has_echo
+        else (_knock(host.hostname, host.close), _bash(host.hostname, host.close))
+    )
+    how = "" if has_echo else "By knock, or by bash; for another tool change the ports in its command. "
     where = ", on its jump host" if host.jump else ""
     return Way(
         f"To shut the port again before its time{where}",
         tuple(command for way in tools for command in way.commands),
         (
             "Another sequence, which shuts it for your address: " + " ".join(map(str, host.close)),
-            "By knock, or by bash; for another tool change the ports in its command. Sessions go on.",
+            f"{how}Sessions go on.",
         ),
     )
 

@@ -20,7 +20,11 @@ from typing import AbstractSet, NamedTuple, Optional, Union
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock, parse_knocks
-from ansible_collections.fleet.portknock.plugins.module_utils._sequences import derive_tripwires
+from ansible_collections.fleet.portknock.plugins.module_utils._sequences import (
+    ECHO_LENGTHS,
+    derive_echo_tripwires,
+    derive_tripwires,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._spa import PORT as SPA_PORT
 from ansible_collections.fleet.portknock.plugins.module_utils._spa import keys_of
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import check_one_time
@@ -42,6 +46,11 @@ EARLIEST_TIME = 1767225600
 BEGIN_TIMEOUT = 8
 
 _OPTION = "knock_server_"
+# Why there are no icmp knocks on a host.
+NO_ECHO = (
+    "expected no icmp knocks on a host whose nft can't look up the length of a packet together with a source's progress (0.9.8, "
+    "Debian 11); 1.0.6 and newer can."
+)
 # Answers to these come in under any policy.
 _DHCP_CLIENTS = (Knock(68, "udp"), Knock(546, "udp"))
 _PROTOCOL_NUMBERS = {"tcp": 6, "udp": 17}
@@ -190,7 +199,7 @@ def build_model(
     :param avoid: ports that are in use on the host: neither a tripwire nor a stand-in is made of them.
     :param probe: what the host can do: ``socket_wildcard`` (nft and kernel can tell a listening socket from another),
         ``clock`` (its rules can ask for the time), ``one_time`` (they can use a sequence up), ``counts`` (a command can
-        write how often a source has opened).
+        write how often a source has opened), ``echo`` (they can look up lengths of packets).
     :param opener: what watches for knocks, see the back end's abilities.
     :raises PortknockError: sequences that can't be told apart, or that hold a protected port; an operator who expires on a host
         whose rules can't, or one-time sequences where nothing uses one up.
@@ -209,9 +218,11 @@ def build_model(
             f"{_OPTION}one_time: expected a host whose nft and kernel can count the bytes of an element (quota); this one's "
             "can't, so nothing would use a sequence up."
         )
-    in_sequences = {
-        knock.port for operator in operators.values() for knocks in operator.every_sequence for knock in knocks
-    }
+    every = [knock for operator in operators.values() for knocks in operator.every_sequence for knock in knocks]
+    lengths = {knock.port for knock in every if knock.proto == "icmp"}
+    if lengths and probe.get("echo") is not True:
+        raise PortknockError(f"{_OPTION}sequence_protocols: {NO_ECHO}")
+    in_sequences = {knock.port for knock in every if knock.proto != "icmp"}
     barred = settings.protected | in_sequences | avoid | {knock.port for knock in settings.served}
     tripwires: tuple[int, ...] = ()
     if settings.guard == "tripwires" and not is_spa:
@@ -259,6 +270,13 @@ def build_model(
             for knocks in operator.close
         ],
         "doors": _doors(settings, operators) if opener == "knockd" else [],
+        "echo": {
+            "shortest": ECHO_LENGTHS[0],
+            "longest": ECHO_LENGTHS[-1],
+            "tripwires": sorted(derive_echo_tripwires(tripwire_seed, lengths)) if tripwires else [],
+        }
+        if lengths
+        else None,
         "tripwires": sorted(tripwires),
         "look_tcp": look["tcp"],
         "look_udp": look["udp"],
@@ -457,7 +475,7 @@ def _automaton(settings: GateSettings, operators: Mapping[str, Honoured]) -> lis
         for knocks, final in finals:
             if not knocks or len(set(knocks)) != len(knocks):
                 raise PortknockError(f"{option}: expected each port of {operator}'s sequence once, and one at least.")
-            if any(knock.port in settings.protected for knock in knocks):
+            if any(knock.is_among(settings.protected) for knock in knocks):
                 raise PortknockError(f"{option}: expected no protected port; {operator}'s sequence holds one.")
             if knocks[0] in first_of:
                 raise PortknockError(
@@ -546,6 +564,7 @@ __all__ = (
     "GUARDS",
     "INPUT_POLICIES",
     "LONGEST_SECONDS",
+    "NO_ECHO",
     "SHORTEST_WINDOW",
     "GateSettings",
     "Honoured",

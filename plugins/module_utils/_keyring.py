@@ -22,6 +22,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._errors import Por
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import EARLIEST_TIME, Honoured
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
     HIGHEST_PORT,
+    KNOCK_PROTOCOLS,
     MODES,
     SEQUENCE,
     SPA,
@@ -597,7 +598,7 @@ def parse_given(value: object, operators: Sequence[str]) -> dict[str, list[tuple
     named = _by_operator(value, operators, SEQUENCES_OPTION, "a list of port/protocol", shown="another type")
     for name, sequences in named.items():
         option = f"{SEQUENCES_OPTION}, operator {name}"
-        given[name] = parse_sequences(sequences, option)
+        given[name] = parse_sequences(sequences, option, KNOCK_PROTOCOLS)
         if len(given[name]) > _MOST_GIVEN:
             raise PortknockError(
                 f"{option}: expected one sequence, or the newest and the former one; got {len(given[name])}."
@@ -839,7 +840,7 @@ class _Node:
 
     def knocks(self) -> tuple[Knock, ...]:
         try:
-            knocks = parse_knocks(self.value, "knocks", secret=True)
+            knocks = parse_knocks(self.value, "knocks", secret=True, protocols=KNOCK_PROTOCOLS)
         except PortknockError:
             raise self.damaged("a list of port/protocol") from None
         if not SHORTEST <= len(knocks) <= LONGEST:

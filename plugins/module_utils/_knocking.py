@@ -201,6 +201,14 @@ def _send_echo(address: Address, size: int, source: str | None) -> None:
         sock.sendto(message, address.at(0).sockaddr)
 
 
+def check_echo(family: int = socket.AF_INET) -> None:
+    """See that this user may send echo requests; none is sent.
+
+    :raises PortknockError: not on this system.
+    """
+    _echo_socket(family, _ECHO_REQUEST[family][1]).close()
+
+
 def _echo_socket(family: int, protocol: int) -> socket.socket:
     # What systems have for unprivileged programs, and what is left to root where a system keeps that from everybody.
     for kind in (socket.SOCK_DGRAM, socket.SOCK_RAW):
@@ -601,6 +609,7 @@ __all__ = (
     "Address",
     "KnockResult",
     "Probe",
+    "check_echo",
     "knock_and_connect",
     "knock_until_closed",
     "knock_until_open",

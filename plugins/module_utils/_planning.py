@@ -28,14 +28,20 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     check_not_all_revoked,
     check_operators,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import SEQUENCE, SPA, Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    KNOCK_PROTOCOLS,
+    SEQUENCE,
+    SPA,
+    Knock,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import (
     DEFAULT_LENGTH,
     SEED_BYTES,
+    Barred,
     check,
     check_length,
     check_protocols,
-    generate,
+    generate_knocks,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import COMING, Stock, check_one_time, draw
 
@@ -61,22 +67,29 @@ class NewSequences:
     ) -> None:
         self._generation = generation
         self._now = now
-        self._shape = check_length(length), check_protocols(protocols)
+        self._shape = check_length(length), check_protocols(protocols, allowed=KNOCK_PROTOCOLS)
         self._random = random
         self._taken = set(barred)
+        self._lengths: set[int] = set()
         for operator in known:
             stored = (operator.current, operator.next, *operator.close)
-            self._taken.update(knock.port for sequence in stored if sequence for knock in sequence.knocks)
+            for sequence in stored:
+                self.take(sequence.knocks if sequence else ())
             # Of those that open once, which are many, only what none may begin with.
-            self._taken.update(knocks[0].port for knocks in operator.once.values())
+            self.take([knocks[0] for knocks in operator.once.values()])
+
+    def take(self, knocks: Iterable[Knock]) -> None:
+        """Leave these to others."""
+        for knock in knocks:
+            (self._lengths if knock.proto == "icmp" else self._taken).add(knock.port)
 
     def make(self) -> StoredSequence:
         """Return a new one.
 
         :raises PortknockError: too few ports are left.
         """
-        knocks = generate(*self._shape, self._taken, self._random)
-        self._taken.update(knock.port for knock in knocks)
+        knocks = generate_knocks(*self._shape, self._taken, self._lengths, self._random)
+        self.take(knocks)
         return StoredSequence(self._generation, knocks, GENERATED, self._now)
 
 
@@ -118,9 +131,9 @@ def plan_secrets(
 ) -> Plan:
     """Say what a host's entry is to become, so that every operator has a sequence; nothing is written.
 
-    * A sequence that is there stays, whatever length and protocols say: those are for new ones.
-    * A given sequence that differs becomes ``next``; so does a new one where a generated one came to hold a port
-      that is now protected. The former stays known until the new one is promoted.
+    * A sequence that is there stays, whatever length and tcp and udp in protocols say: those are for new ones.
+    * A given sequence that differs becomes ``next``; so does a new one where one came to hold a port that is now protected, or
+      holds icmp knocks that ``protocols`` does not name any more. The former stays known until the new one is promoted.
     * Of two given sequences the newest becomes ``next``, and both are honoured until it is given alone.
     * Two generated sequences that are honoured during a rotation stay as they are: ending it is not this function's.
     * An operator who isn't named any more becomes inactive and keeps their sequence. One who was revoked stays out, named or
@@ -158,8 +171,10 @@ def plan_secrets(
     deployed = 0 if state is None else state.generation
     generation = 1 + max(deployed, 0 if existing is None else existing.generation)
     excluded = {*nmap_ports, *in_use, *protected}
-    wished = {knock.port for several in sequences.values() for knocks in several for knock in knocks}
-    new = NewSequences(generation, now, length, protocols, excluded | wished, list(known.values()), random)
+    barred = Barred(protected, echo="icmp" not in check_protocols(protocols, allowed=KNOCK_PROTOCOLS))
+    new = NewSequences(generation, now, length, protocols, excluded, list(known.values()), random)
+    for several in sequences.values():
+        new.take(knock for knocks in several for knock in knocks)
     planned: dict[str, Operator] = {}
     for name in names:
         entry = known.get(name)
@@ -180,7 +195,7 @@ def plan_secrets(
                     "newest alone, and the next run adds the former one."
                 )
         else:
-            planned[name] = entry = _clear_of(protected, name, replace(entry, active=True), new, deployed)
+            planned[name] = entry = _clear_of(barred, name, replace(entry, active=True), new, deployed)
             if spa is None and entry.wanted.source == GENERATED and len(entry.wanted.knocks) != length:
                 warnings.append(
                     f"knock_server_sequence_length: the sequence of operator {name} on {host} keeps its "
@@ -198,7 +213,7 @@ def plan_secrets(
         ]
     begins = {knocks[0] for several in sequences.values() for knocks in several}
     planned = {
-        name: entry if entry.revoked else replace(entry, close=_closing(entry, close_sequence, protected, begins, new))
+        name: entry if entry.revoked else replace(entry, close=_closing(entry, close_sequence, barred, begins, new))
         for name, entry in planned.items()
     }
     adopted = (
@@ -216,7 +231,7 @@ def plan_secrets(
             continue
         # What another keyring's gate, or one that is gone, has let in is not known.
         kept = None if adopted or is_bare else entry.one_time
-        stock = (kept or Stock(one_time, COMING, {})).coming().without(protected)
+        stock = (kept or Stock(one_time, COMING, {})).coming().without(barred)
         left = stock.since(0 if state is None else state.one_time.get(name, 0))
         if left.is_short(one_time) or (one_time < stock.size and not stock.retire):
             missing = max(0, one_time - len(left.sequences))
@@ -297,26 +312,31 @@ def _check_readmitted(readmit: Iterable[str], names: Sequence[str]) -> None:
         )
 
 
-def _clear_of(protected: AbstractSet[int], name: str, entry: Operator, new: NewSequences, deployed: int) -> Operator:
-    """An operator who is honoured for no sequence that holds a port which has come to be protected.
+def _clear_of(barred: Barred, name: str, entry: Operator, new: NewSequences, deployed: int) -> Operator:
+    """An operator who is honoured for no sequence that holds what has come to be barred.
 
     :raises PortknockError: a person gave it, so a person has to give another.
     """
-    if any(knock.port in protected for knock in entry.wanted.knocks):
+    if _is_barred(entry.wanted, barred):
         if entry.wanted.source == GIVEN:
             raise PortknockError(
                 f"{SEQUENCES_OPTION}, operator {name}: expected no protected port; the sequence that the keyring "
                 f"holds, which was given, has one."
             )
         return _with_next(entry, new.make(), deployed)
-    if any(knock.port in protected for stored in entry.honoured for knock in stored.knocks):
+    if any(_is_barred(stored, barred) for stored in entry.honoured):
         # The former sequence of a rotation: honoured no more, but known until the other is proved.
         return replace(entry, both=False, both_since=None)
     return entry
 
 
+def _is_barred(stored: StoredSequence, barred: Barred) -> bool:
+    # What a person gives is of the protocols that they choose.
+    return (barred._replace(echo=False) if stored.source == GIVEN else barred).bars(stored.knocks)
+
+
 def _closing(
-    entry: Operator, wanted: bool, protected: AbstractSet[int], begins: AbstractSet[Knock], new: NewSequences
+    entry: Operator, wanted: bool, barred: Barred, begins: AbstractSet[Knock], new: NewSequences
 ) -> tuple[StoredSequence, ...]:
     """The sequences that are to shut an operator's window: what is there, as far as the gate can honour it, or a new one.
 
@@ -326,11 +346,7 @@ def _closing(
         return ()
     # The former one of a rotation that something else has ended.
     stored = entry.close if entry.is_between else entry.close[:1]
-    kept = [
-        one
-        for one in stored
-        if one.knocks[0] not in begins and not any(knock.port in protected for knock in one.knocks)
-    ]
+    kept = [one for one in stored if one.knocks[0] not in begins and not barred.bars(one.knocks)]
     return tuple(kept) or (new.make(),)
 
 

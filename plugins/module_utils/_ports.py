@@ -10,7 +10,7 @@ that it leaves from.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple, Sequence
+from typing import AbstractSet, NamedTuple, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 
@@ -44,6 +44,10 @@ class Knock(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.port}/{self.proto}/{SPA}:{self.spa}" if self.spa else f"{self.port}/{self.proto}"
+
+    def is_among(self, ports: AbstractSet[int]) -> bool:
+        """Whether it goes to one of these ports: an echo request goes to none."""
+        return self.proto != "icmp" and self.port in ports
 
 
 def parse_knock(value: object, option: str, secret: bool = False, protocols: Sequence[str] = PROTOCOLS) -> Knock:

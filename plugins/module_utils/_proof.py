@@ -146,10 +146,11 @@ def _prove_applied(request: Mapping[str, Any]) -> dict[str, Any]:
         ``source_trusted``; ``knocks``, or ``once`` instead (secret), see :func:`prove`, ``timeout`` in seconds, and
         ``without_ipv6`` where IPv6 stays closed.
     """
-    once = [parse_knocks(knocks, "once", secret=True) for knocks in request.get("once", ())]
-    return prove(
-        _subject_of(request), parse_knocks(request["knocks"], "knocks", secret=True, protocols=SENT_PROTOCOLS), once
-    ).as_result()
+    knocks, *once = (
+        parse_knocks(texts, "knocks", secret=True, protocols=SENT_PROTOCOLS)
+        for texts in (request["knocks"], *request.get("once", ()))
+    )
+    return prove(_subject_of(request), knocks, once).as_result()
 
 
 def _prove_removed(request: Mapping[str, Any]) -> dict[str, Any]:

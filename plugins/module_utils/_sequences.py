@@ -10,10 +10,15 @@ from __future__ import annotations
 import hashlib
 from math import factorial
 from random import SystemRandom
-from typing import AbstractSet, Protocol, Sequence
+from typing import AbstractSet, Callable, NamedTuple, Protocol, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import HIGHEST_PORT, PROTOCOLS, Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    HIGHEST_PORT,
+    KNOCK_PROTOCOLS,
+    PROTOCOLS,
+    Knock,
+)
 
 LOWEST_PORT = 1024
 SHORTEST = 3
@@ -23,6 +28,12 @@ SEED_BYTES = 32
 # What traceroute sends to (attack 14 of the design): a tripwire there would cost an honest client its progress.
 TRACEROUTE_PORTS = range(33434, 33535)
 
+# What a gate tells echo requests by, in bytes of payload: longer than what ping sends by itself anywhere, and short enough for
+# any path, so that none comes in parts.
+ECHO_LENGTHS = range(100, 1201)
+# However many there are among a thousand lengths, a sweep over all of them meets most before the right ones.
+ECHO_TRIPWIRES = 200
+
 _LENGTH_OPTION = "knock_server_sequence_length"
 _PROTOCOLS_OPTION = "knock_server_sequence_protocols"
 _TRIPWIRES_OPTION = "knock_server_tripwires"
@@ -30,6 +41,7 @@ _PORT_COUNT = HIGHEST_PORT - LOWEST_PORT + 1
 # Enough that a pool of more than a hundredth of all ports practically never gets to the slower exact draw.
 _DRAWS_PER_KNOCK = 400
 _TRIPWIRE_LABEL = b"fleet.portknock tripwires version 1\0"
+_ECHO_TRIPWIRE_LABEL = b"fleet.portknock echo tripwires version 1\0"
 
 
 class RandomSource(Protocol):
@@ -37,6 +49,17 @@ class RandomSource(Protocol):
 
     def randrange(self, stop: int, /) -> int:
         """A whole number from 0 to ``stop - 1``, each equally likely."""
+
+
+class Barred(NamedTuple):
+    """What no sequence of a host may hold: ports that are protected, and with ``echo`` echo requests."""
+
+    protected: AbstractSet[int]
+    echo: bool = False
+
+    def bars(self, knocks: Sequence[Knock]) -> bool:
+        """Whether a sequence holds any of it."""
+        return any(knock.is_among(self.protected) or (self.echo and knock.proto == "icmp") for knock in knocks)
 
 
 def check_length(length: object, option: str = _LENGTH_OPTION) -> int:
@@ -50,20 +73,24 @@ def check_length(length: object, option: str = _LENGTH_OPTION) -> int:
     return length
 
 
-def check_protocols(protocols: object, option: str = _PROTOCOLS_OPTION) -> tuple[str, ...]:
+def check_protocols(
+    protocols: object, option: str = _PROTOCOLS_OPTION, allowed: Sequence[str] = PROTOCOLS
+) -> tuple[str, ...]:
     """Return the protocols that a generated sequence may use.
 
     :param option: names them in the error.
-    :raises PortknockError: not a list of tcp, udp or both, each once.
+    :param allowed: those that there are.
+    :raises PortknockError: not a list of some of these, each once.
     """
     if (
         isinstance(protocols, (list, tuple))
         and protocols
-        and all(proto in PROTOCOLS for proto in protocols)
+        and all(proto in allowed for proto in protocols)
         and len(set(protocols)) == len(protocols)
     ):
         return tuple(str(proto) for proto in protocols)
-    raise PortknockError(f"{option}: expected a list of tcp, udp or both, each once; got {protocols!r}.")
+    choices = "tcp, udp or both" if allowed == PROTOCOLS else f"one or more of {', '.join(allowed)}"
+    raise PortknockError(f"{option}: expected a list of {choices}, each once; got {protocols!r}.")
 
 
 def generate(
@@ -98,6 +125,69 @@ def generate(
     # One bit a knock; neither all zeros nor all ones, so that both protocols occur.
     bits = 1 + source.randrange(2**length - 2)
     return tuple(Knock(port, choices[bits >> index & 1]) for index, port in enumerate(ordered))
+
+
+def generate_knocks(
+    length: int,
+    protocols: Sequence[str],
+    excluded: AbstractSet[int],
+    excluded_lengths: AbstractSet[int] = frozenset(),
+    random: RandomSource | None = None,
+) -> tuple[Knock, ...]:
+    """Draw a sequence as :func:`generate`, which it is where no icmp is asked for.
+
+    Lengths of echo requests keep the rules of ports among themselves, and are none that people ping with. Every protocol occurs.
+
+    :param excluded_lengths: lengths that none may have.
+    :raises PortknockError: as :func:`generate`, or fewer usable lengths than the sequence needs.
+    """
+    choices = check_protocols(protocols, allowed=KNOCK_PROTOCOLS)
+    if "icmp" not in choices:
+        return generate(length, choices, excluded, random)
+    check_length(length)
+    source = SystemRandom() if random is None else random
+    kinds: list[str] = []
+    while set(kinds) != set(choices):
+        kinds = [choices[source.randrange(len(choices))] for _knock in range(length)]
+    count = kinds.count("icmp")
+    lengths = iter(_in_disorder(_draw_lengths(count, excluded_lengths, source), source))
+    others = length - count
+    drawn = _draw_ports(others, excluded, source) if others else []
+    ports = iter(_in_disorder(_draw_ports_exactly(others, excluded, source) if drawn is None else drawn, source))
+    return tuple(Knock(next(lengths if kind == "icmp" else ports), kind) for kind in kinds)
+
+
+def _in_disorder(numbers: list[int], random: RandomSource) -> list[int]:
+    # Fewer than three always ascend or descend, and are in the order in which they were drawn.
+    return _disorder(sorted(numbers), random) if len(numbers) >= SHORTEST else numbers
+
+
+def _draw_lengths(count: int, excluded: AbstractSet[int], random: RandomSource) -> list[int]:
+    """Draw a set of lengths by rejection.
+
+    :raises PortknockError: hardly any are left.
+    """
+    lengths: list[int] = []
+    for _draw in range(_DRAWS_PER_KNOCK * max(1, count)):
+        if len(lengths) == count:
+            return lengths
+        length = ECHO_LENGTHS[random.randrange(len(ECHO_LENGTHS))]
+        if length in excluded or is_round(length):
+            continue
+        if any(abs(length - other) < 2 for other in lengths):
+            lengths = []
+            continue
+        lengths.append(length)
+    left = sum(length not in excluded and not is_round(length) for length in ECHO_LENGTHS)
+    raise PortknockError(
+        f"{_PROTOCOLS_OPTION}: a sequence with {_count(count, 'icmp knock')} needs as many lengths that are at least 2 apart; "
+        f"{left} from {ECHO_LENGTHS[0]} to {ECHO_LENGTHS[-1]} {_be(left)} left on this host. Add tcp, or have fewer operators."
+    )
+
+
+def is_round(length: int) -> bool:
+    """Whether it is a length that people choose when they ping."""
+    return length % 50 == 0 or length % 64 == 0
 
 
 def _draw_ports(length: int, excluded: AbstractSet[int], random: RandomSource) -> list[int] | None:
@@ -197,8 +287,18 @@ def check(
     """
     if not SHORTEST <= len(knocks) <= LONGEST:
         raise PortknockError(f"{option}: expected {SHORTEST} to {LONGEST} knocks; got {len(knocks)}.")
-    ports = [knock.port for knock in knocks]
-    for number, port in enumerate(ports, 1):
+    kinds = ("icmp" if knock.proto == "icmp" else "port" for knock in knocks)
+    numbered = [(number, kind, knock.port) for number, (kind, knock) in enumerate(zip(kinds, knocks), 1)]
+    ports = [port for _number, kind, port in numbered if kind == "port"]
+    lengths = [length for _number, kind, length in numbered if kind == "icmp"]
+    for number, kind, port in numbered:
+        if kind == "icmp":
+            if port not in ECHO_LENGTHS:
+                raise PortknockError(
+                    f"{option}: expected icmp knocks of {ECHO_LENGTHS[0]} to {ECHO_LENGTHS[-1]} bytes; knock {number} is of "
+                    "another length."
+                )
+            continue
         if port < LOWEST_PORT:
             raise PortknockError(
                 f"{option}: expected ports from {LOWEST_PORT} to {HIGHEST_PORT}; knock {number} has a lower one."
@@ -210,17 +310,20 @@ def check(
                 f"{option}: expected no port that nmap's list of services names, since every scan tries those first; "
                 f"knock {number} is one."
             )
-    for number, port in enumerate(ports, 1):
-        for earlier, other in enumerate(ports[: number - 1], 1):
-            if abs(port - other) < 2:
+    for number, kind, port in numbered:
+        for earlier, other_kind, other in numbered[: number - 1]:
+            if kind == other_kind and abs(port - other) < 2:
                 raise PortknockError(
                     f"{option}: expected any two ports to be at least 2 apart; knocks {earlier} and {number} are not."
                 )
-    if ports in (sorted(ports), sorted(ports, reverse=True)):
-        raise PortknockError(
-            f"{option}: expected ports that neither ascend nor descend as a whole, since a plain sweep would open "
-            f"such a sequence; these do."
-        )
+    for numbers in (ports, lengths):
+        # Two of a kind among others can't do otherwise.
+        is_few = 0 < len(numbers) < SHORTEST and len(numbers) < len(knocks)
+        if numbers and not is_few and numbers in (sorted(numbers), sorted(numbers, reverse=True)):
+            raise PortknockError(
+                f"{option}: expected ports that neither ascend nor descend as a whole, since a plain sweep would open "
+                f"such a sequence; these do."
+            )
     live = sum(port in in_use for port in ports)
     if live:
         return [
@@ -251,7 +354,25 @@ def derive_tripwires(seed: bytes, count: int, excluded: AbstractSet[int]) -> tup
             f"{_TRIPWIRES_OPTION}: expected at most as many tripwires as there are ports left after the exclusions, "
             f"{left}; got {count}."
         )
-    stream = hashlib.shake_256(_TRIPWIRE_LABEL + seed)
+    return _derived(_TRIPWIRE_LABEL, seed, count, lambda port: port not in barred)
+
+
+def derive_echo_tripwires(seed: bytes, excluded: AbstractSet[int]) -> tuple[int, ...]:
+    """Derive a host's tripwires among the lengths of echo requests from its seed. Frozen as version 1.
+
+    As :func:`derive_tripwires`, with the label ``fleet.portknock echo tripwires version 1``; a number is taken by its low 11
+    bits, where that is in :data:`ECHO_LENGTHS`, not one that people ping with, not excluded, and was not taken before.
+    """
+    usable = {length for length in ECHO_LENGTHS if length not in excluded and not is_round(length)}
+    return _derived(
+        _ECHO_TRIPWIRE_LABEL, seed, min(ECHO_TRIPWIRES, len(usable)), lambda length: length in usable, mask=0x7FF
+    )
+
+
+def _derived(
+    label: bytes, seed: bytes, count: int, takes: Callable[[int], bool], mask: int = 0xFFFF
+) -> tuple[int, ...]:
+    stream = hashlib.shake_256(label + seed)
     size = 4 * (count + 64)
     while True:
         # A longer digest begins with the shorter one, so starting over with twice the length changes nothing.
@@ -261,9 +382,9 @@ def derive_tripwires(seed: bytes, count: int, excluded: AbstractSet[int]) -> tup
         for offset in range(0, size, 2):
             if len(chosen) == count:
                 return tuple(chosen)
-            port = data[offset] << 8 | data[offset + 1]
-            if port not in barred:
-                chosen[port] = None
+            number = (data[offset] << 8 | data[offset + 1]) & mask
+            if takes(number):
+                chosen[number] = None
         size *= 2
 
 
@@ -277,15 +398,21 @@ def _be(number: int) -> str:
 
 __all__ = (
     "DEFAULT_LENGTH",
+    "ECHO_LENGTHS",
+    "ECHO_TRIPWIRES",
     "LONGEST",
     "LOWEST_PORT",
     "SEED_BYTES",
     "SHORTEST",
     "TRACEROUTE_PORTS",
+    "Barred",
     "RandomSource",
     "check",
     "check_length",
     "check_protocols",
+    "derive_echo_tripwires",
     "derive_tripwires",
     "generate",
+    "generate_knocks",
+    "is_round",
 )

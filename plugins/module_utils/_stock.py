@@ -13,7 +13,11 @@ from typing import AbstractSet, Optional
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
-from ansible_collections.fleet.portknock.plugins.module_utils._sequences import RandomSource, generate
+from ansible_collections.fleet.portknock.plugins.module_utils._sequences import (
+    Barred,
+    RandomSource,
+    generate_knocks,
+)
 
 # A boot uses up a few of them, unused: fewer would not last.
 SMALLEST = 16
@@ -92,13 +96,9 @@ class Stock:
         """Return this without what comes before that id."""
         return replace(self, sequences={one: knocks for one, knocks in self.sequences.items() if one >= first})
 
-    def without(self, protected: AbstractSet[int]) -> Stock:
-        """Return this without what holds a port that is now protected."""
-        kept = {
-            identity: knocks
-            for identity, knocks in self.sequences.items()
-            if not any(knock.port in protected for knock in knocks)
-        }
+    def without(self, barred: Barred) -> Stock:
+        """Return this without what holds something that is now barred."""
+        kept = {identity: knocks for identity, knocks in self.sequences.items() if not barred.bars(knocks)}
         return replace(self, sequences=kept)
 
     def is_short(self, size: int) -> bool:
@@ -153,7 +153,7 @@ def draw(
     firsts = set(begun)
     drawn: dict[int, tuple[Knock, ...]] = {}
     while len(drawn) < count:
-        knocks = generate(length, protocols, excluded, random)
+        knocks = generate_knocks(length, protocols, excluded, random=random)
         if knocks[-1].proto == "tcp" and knocks[0] not in firsts:
             firsts.add(knocks[0])
             drawn[last + len(drawn) + 1] = knocks

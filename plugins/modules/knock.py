@@ -59,7 +59,7 @@ options:
     description:
       - The sequence, a list such as C([port/tcp, port/udp]), given by hand instead of taken from the keyring. With
         O(state=closed) it is the close sequence.
-      - C(bytes/icmp) is an echo request with that many bytes of payload, as C(ping -s) sends it, for gates of other kinds. The
+      - C(bytes/icmp) is an echo request with that many bytes of payload, as C(ping -s) sends it. The
         system has to let the user send it (on Linux C(net.ipv4.ping_group_range), or root).
       - Give it by a vault-encrypted variable. Ansible itself shows the text of a task that fails.
     type: raw

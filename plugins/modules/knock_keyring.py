@@ -61,10 +61,11 @@ options:
     default: 4
   protocols:
     description:
-      - Protocols of a sequence that is made now. With both, each knock's is drawn, and both occur.
+      - Protocols of a sequence that is made now. With several, each knock's is drawn, and all occur.
+      - A sequence with icmp knocks, which are lengths of echo requests, is replaced where V(icmp) is not among them any more.
     type: list
     elements: str
-    choices: [tcp, udp]
+    choices: [tcp, udp, icmp]
     default: [tcp]
   sequences:
     description:
@@ -132,6 +133,12 @@ options:
         those that there are go.
     type: bool
     default: false
+  capabilities:
+    description:
+      - What M(fleet.portknock.knock_gate_info) reports as the back end's capabilities there, so that no knocks are made that
+        it can't tell.
+    type: dict
+    default: {}
   readmit:
     description:
       - With O(state=present), names among O(operators) who were revoked and may knock again, each with a new sequence.

@@ -70,12 +70,16 @@ def with_throwaway_secrets(
 ) -> HostSecrets:
     """The entry as a check needs it: with secrets for whoever has none yet, which are written nowhere."""
     in_use = parse_knocks(found["ports_in_use"], "ports_in_use")
+    known = entry.operators.values() if entry else ()
+    has_echo = any(knock.proto == "icmp" for one in known for knocks in one.every_sequence for knock in knocks)
     return plan_secrets(
         entry,
         keyring_id=entry.keyring_id if entry else str(uuid.uuid4()),
         host=host,
         operators=operators,
         now=utc_now(),
+        # What there is stays, whatever new ones are made of.
+        protocols=("tcp", "icmp") if has_echo else ("tcp",),
         protected={*settings.protected_tcp, *settings.protected_udp},
         in_use={knock.port for knock in in_use},
         one_time=settings.one_time,

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
+import pytest
 from playing import Run, counts
 
 
@@ -134,3 +136,26 @@ def test_a_keyring_inside_an_inventory_folder(run: Run) -> None:
 def test_without_an_inventory_folder(run: Run) -> None:
     printed = run({}, inventory="web1,")
     assert "knock_keyring_dir: expected a folder, since the host's inventory has none; got nothing." in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            {"capabilities": {"echo": False}},
+            "expected no icmp knocks on a host whose nft",
+        ),
+        (
+            {"backend": "knockd"},
+            "expected tcp or udp with knock_server_backend=knockd; got icmp",
+        ),
+    ],
+    ids=["old nft", "knockd"],
+)
+def test_knocks_that_the_gate_can_not_tell_are_not_made(run: Run, given: dict[str, Any], says: str) -> None:
+    by_hand = {"default": ["717/icmp", "231/icmp", "1003/icmp"]}
+    every: list[dict[str, Any]] = [{"protocols": ["tcp", "icmp"]}, {"sequences": by_hand}]
+    for arguments in every:
+        printed = run({**arguments, **given})
+        assert f"knock_server_sequence_protocols: {says}" in printed
+    assert not (run.ring / "web1.yml").exists()

@@ -247,3 +247,21 @@ def test_names_keep_to_their_line() -> None:
 def test_lines_can_be_split_by_a_shell() -> None:
     for hostname in (ADDRESS4, ADDRESS6, SCOPED, NAME):
         assert shlex.split(commands(hostname)["curl"][0])[:5] == ["curl", "-qgs", "--noproxy", "*", "-m"]
+
+
+def test_echo_requests() -> None:
+    """By ping, with bash for the others; no other tool can send them."""
+    knocks = (Knock(417, "icmp"), Knock(30222, "tcp"), Knock(39508, "udp"), Knock(1043, "icmp"))
+    host = CardHost("web1", ADDRESS6, 22, [knocks, TCP], close=(Knock(333, "icmp"), *TCP[:2]))
+    text = text_of(host)
+    assert (
+        f"    ping -n -c 1 -W 1 -s 417 {ADDRESS6} >/dev/null; "
+        f'timeout 1 bash -c "echo >/dev/tcp/{ADDRESS6}/30222" 2>/dev/null; sleep 0.2; '
+        f'timeout 1 bash -c "echo >/dev/udp/{ADDRESS6}/39508" 2>/dev/null; sleep 0.2; '
+        f"ping -n -c 1 -W 1 -s 1043 {ADDRESS6} >/dev/null\n"
+    ) in text
+    assert f"    knock -d 200 {ADDRESS6} " in text.partition("rotation")[2]
+    assert f"ping -n -c 1 -W 1 -s 333 {ADDRESS6} >/dev/null; timeout 1 bash" in text.partition("To shut the port")[2]
+    for tool in ("nmap", "curl", "PowerShell", "browser", "phone"):
+        assert tool not in text
+    assert "* ping (Debian: package iputils-ping)" in text_of(CardHost("web1", ADDRESS4, 22, [[Knock(417, "icmp")]]))

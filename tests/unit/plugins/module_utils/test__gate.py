@@ -201,6 +201,7 @@ def test_the_model_is_plain_and_repeats_itself() -> None:
             "closed_response",
             "counts",
             "doors",
+            "echo",
             "guard",
             "input_policy",
             "served",
@@ -447,3 +448,18 @@ def test_more_states_than_the_kernel_s_register_holds() -> None:
             {"one_time": True},
         )
     assert "got 65536." in str(caught.value)
+
+
+def test_a_length_is_no_port() -> None:
+    """Neither is it protected, nor does it keep a port from being a tripwire."""
+    settings = settings_from({"protected_ports": ["443/tcp"]})
+    operators = {"a": Honoured(1, [(Knock(443, "icmp"), Knock(40000, "tcp"), Knock(1043, "icmp"))])}
+    found: Any = build_model(settings, operators, b"\1" * 32, frozenset(), {"echo": True})
+    assert [step["port"] for step in found["steps"] if step["state"] == "0:0"] == [443]
+    assert found["echo"]["tripwires"]
+    assert not {443, 1043} & set(found["echo"]["tripwires"])
+    plain: Any = build_model(
+        settings, {"a": Honoured(1, [(Knock(40000, "tcp"),)])}, b"\1" * 32, frozenset(), {"echo": False}
+    )
+    assert found["tripwires"] == plain["tripwires"]
+    assert plain["echo"] is None

@@ -704,14 +704,14 @@ def test_given_sequences_are_read() -> None:
         ),
         (
             {"a": ["48396"]},
-            "knock_server_sequences, operator a: expected port/protocol, a port from 1 to 65535 and tcp or udp, such as "
-            "22/tcp; got another value.",
+            "knock_server_sequences, operator a: expected port/protocol, a port from 1 to 65535 and tcp or udp (or "
+            "bytes/icmp, 1 to 65507), such as 22/tcp; got another value.",
         ),
         ({"a": ["48396/tcp"] * 2}, "knock_server_sequences, operator a: expected each port once; got one twice."),
         (
             {"a": [["48396/tcp"], ["48396"]]},
-            "knock_server_sequences, operator a: expected port/protocol, a port from 1 to 65535 and tcp or udp, such as "
-            "22/tcp; got another value.",
+            "knock_server_sequences, operator a: expected port/protocol, a port from 1 to 65535 and tcp or udp (or "
+            "bytes/icmp, 1 to 65507), such as 22/tcp; got another value.",
         ),
         (
             {"a": [["48396/tcp"], ["48397/tcp"], ["48398/tcp"]]},

@@ -168,3 +168,32 @@ def test_no_two_begin_alike() -> None:
     assert len(begun) == len(set(begun)) == 1002
     later = plan(plan(entry, close_sequence=False, one_time=500).secrets, one_time=500).secrets
     assert not {knocks[0] for knocks in later.close_sequences()} & set(begun[:1000])
+
+
+def test_icmp_knocks_go_with_the_protocol() -> None:
+    """A host whose gate is to be of another kind gets others; what a person gave is theirs."""
+    entry = plan(None, protocols=["tcp", "icmp"]).secrets
+    assert {knock.proto for knock in entry.to_prove(BOTH)} == {"tcp", "icmp"}
+    assert plan(entry, protocols=["icmp", "tcp"]).secrets == entry
+    text = yaml.safe_dump(entry.to_mapping())
+    assert HostSecrets.from_mapping(yaml.safe_load(text), "FILE") == entry
+    after = plan(entry).secrets
+    for name in BOTH:
+        assert {knock.proto for knock in after.operators[name].wanted.knocks} == {"tcp"}
+        assert after.operators[name].current == entry.operators[name].current
+        assert {knock.proto for knocks in after.close_sequences(name) for knock in knocks} == {"tcp"}
+    given = {"alice": [(Knock(717, "icmp"), Knock(231, "icmp"), Knock(1003, "icmp"))]}
+    by_hand = plan(plan(after.promoted(NOW), given=given).secrets).secrets.promoted(NOW)
+    assert by_hand.to_prove(["alice"]) == given["alice"][0]
+    assert plan(by_hand).secrets == by_hand
+
+
+def test_icmp_knocks_of_a_host_are_different_ones() -> None:
+    names = tuple(f"op{number}" for number in range(20))
+    entry = plan(None, *names, protocols=["icmp"], protected={443, 22}).secrets
+    rotated_all = begin(entry, names, rotation="1", now=NOW, protocols=["icmp"]).secrets
+    lengths = ports([knocks for operator in rotated_all.operators.values() for knocks in operator.every_sequence])
+    assert len(lengths) == len(set(lengths)) == 20 * 4 * 4
+    once = plan(None, one_time=100, protocols=["tcp", "icmp"]).secrets
+    assert {knocks[-1].proto for knocks in once.operators["alice"].once.values()} == {"tcp"}
+    assert plan(once, one_time=100).secrets.operators["alice"].one_time != once.operators["alice"].one_time

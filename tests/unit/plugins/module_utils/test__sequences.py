@@ -4,26 +4,33 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from random import Random
 
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import KNOCK_PROTOCOLS, Knock, parse_knocks
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import (
+    ECHO_LENGTHS,
     LOWEST_PORT,
     check,
     check_length,
     check_protocols,
+    derive_echo_tripwires,
     derive_tripwires,
     generate,
+    generate_knocks,
+    is_round,
 )
 
 ALL_PORTS = frozenset(range(LOWEST_PORT, 65536))
 SEED = bytes(range(32))
 GOLDEN_8 = (34040, 55958, 1766, 19789, 9794, 36118, 52514, 5130)
+FIRST_ECHO_TRIPWIRES = (996, 978, 461, 623, 716)
 GOLDEN_SUM_OF_2000 = 67624524
 
 
@@ -260,3 +267,98 @@ def test_bad_tripwires(seed: bytes, count: int, excluded: frozenset[int], says: 
     with pytest.raises(PortknockError) as caught:
         derive_tripwires(seed, count, excluded)
     assert str(caught.value) == says
+
+
+@pytest.mark.parametrize("protocols", [["icmp"], ["tcp", "icmp"], ["tcp", "udp", "icmp"]])
+@pytest.mark.parametrize("length", [3, 4, 8])
+def test_sequences_with_echo_requests(protocols: list[str], length: int) -> None:
+    """Every protocol occurs; lengths are in range, not round, apart from each other, and in no order; ports as ever."""
+    source = Random(f"{protocols} {length}")
+    excluded, excluded_lengths = set(range(1024, 40000)), set(range(100, 900))
+    for _again in range(300):
+        knocks = generate_knocks(length, protocols, excluded, excluded_lengths, source)
+        assert {knock.proto for knock in knocks} == set(protocols)
+        assert len(knocks) == length
+        lengths = [knock.port for knock in knocks if knock.proto == "icmp"]
+        ports = [knock.port for knock in knocks if knock.proto != "icmp"]
+        assert all(900 <= one <= 1200 and not is_round(one) for one in lengths)
+        assert all(port >= 40000 for port in ports)
+        for numbers in (lengths, ports):
+            assert all(abs(one - other) > 1 for index, one in enumerate(numbers) for other in numbers[:index])
+            assert len(numbers) < 3 or numbers not in (sorted(numbers), sorted(numbers, reverse=True))
+
+
+def test_every_length_is_drawn_as_often() -> None:
+    source = Random(1)
+    drawn = Counter(
+        knock.port for _again in range(20000) for knock in generate_knocks(3, ["icmp"], set(), random=source)
+    )
+    usable = [length for length in ECHO_LENGTHS if not is_round(length)]
+    assert set(drawn) == set(usable)
+    mean = 60000 / len(usable)
+    assert sum((drawn[length] - mean) ** 2 / mean for length in usable) < 1.3 * len(usable)
+
+
+def test_without_icmp_they_are_drawn_as_ever() -> None:
+    """What is derived by the same code must not change."""
+    for protocols in (["tcp"], ["udp", "tcp"]):
+        assert generate_knocks(5, protocols, {5000}, random=Random(7)) == generate(5, protocols, {5000}, Random(7))
+    with pytest.raises(PortknockError, match="expected a list of tcp, udp or both, each once"):
+        generate(4, ["icmp"], set())
+    with pytest.raises(
+        PortknockError, match=r"expected a list of one or more of tcp, udp, icmp, each once; got \['sctp'\]"
+    ):
+        generate_knocks(4, ["sctp"], set())
+
+
+def test_too_few_lengths() -> None:
+    says = (
+        "knock_server_sequence_protocols: a sequence with 4 icmp knocks needs as many lengths that are at least 2 apart; 1 from "
+        "100 to 1200 is left on this host. Add tcp, or have fewer operators."
+    )
+    with pytest.raises(PortknockError) as caught:
+        generate_knocks(4, ["icmp"], set(), set(ECHO_LENGTHS) - {101})
+    assert str(caught.value) == says
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        (["717/icmp", "231/icmp", "1003/icmp"], None),
+        (["717/icmp", "40000/tcp", "719/icmp"], None),
+        (["443/icmp", "40000/tcp", "1100/icmp", "30000/udp"], None),
+        (
+            ["99/icmp", "231/icmp", "1003/icmp"],
+            "expected icmp knocks of 100 to 1200 bytes; knock 1 is of another length.",
+        ),
+        (
+            ["717/icmp", "231/icmp", "1201/icmp"],
+            "expected icmp knocks of 100 to 1200 bytes; knock 3 is of another length.",
+        ),
+        (
+            ["717/icmp", "40000/tcp", "716/icmp"],
+            "expected any two ports to be at least 2 apart; knocks 1 and 3 are not.",
+        ),
+        (["231/icmp", "717/icmp", "1003/icmp"], "expected ports that neither ascend nor descend as a whole"),
+        (
+            ["231/icmp", "717/icmp", "40000/tcp", "1003/icmp"],
+            "expected ports that neither ascend nor descend as a whole",
+        ),
+        (["1100/icmp", "40000/tcp", "443/tcp"], "expected ports from 1024 to 65535; knock 3 has a lower one."),
+    ],
+)
+def test_given_sequences_with_echo_requests(texts: list[str], says: str | None) -> None:
+    knocks = parse_knocks(texts, "given", protocols=KNOCK_PROTOCOLS)
+    with pytest.raises(PortknockError, match=f"^given: {re.escape(says)}") if says else nullcontext():
+        check(knocks, "given", protected={443}, nmap_ports={1100}, in_use={717})
+
+
+def test_tripwires_among_lengths_are_frozen() -> None:
+    seed = bytes(range(32))
+    derived = derive_echo_tripwires(seed, {1043})
+    assert (len(derived), len(set(derived)), derived[:5]) == (200, 200, FIRST_ECHO_TRIPWIRES)
+    assert not [length for length in derived if length not in ECHO_LENGTHS or is_round(length)]
+    assert 1043 not in derived
+    without = derive_echo_tripwires(seed, {1043, derived[0]})
+    assert without[:4] == derived[1:5]
+    assert len(derive_echo_tripwires(seed, set(ECHO_LENGTHS) - {101, 103})) == 2

@@ -10,6 +10,7 @@ import re
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._sequences import Barred
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import (
     COMING,
     GOING,
@@ -91,8 +92,8 @@ def test_what_was_used_goes_and_new_ones_come_behind() -> None:
 def test_a_protected_port_is_in_none() -> None:
     stock = Stock(16, HONOURED, drawn(16))
     port = stock.sequences[5][2].port
-    assert 5 not in stock.without({port}).sequences
-    assert len(stock.without({port}).sequences) == 15
+    assert 5 not in stock.without(Barred({port})).sequences
+    assert len(stock.without(Barred({port})).sequences) == 15
 
 
 def test_a_rotation_keeps_what_the_host_may_honour() -> None:

@@ -16,8 +16,8 @@ For each back end, with the role's defaults and one operator, seen from another 
 * *guessing*: the chance that one sweep over all ports opens, computed.
 
 Packets are sent as frames that were made before, so that no client's own time is in it: what the program fwknop takes to make one
-comes on top. iptables is measured twice, with sets (ipset) and without them, when its lists hold as many sources as this kernel
-was told to. Asserts nothing: the numbers are for people.
+comes on top. iptables is measured in one variant (nft where it is there), with sets (ipset) and without them, when its lists hold
+as many sources as this kernel was told to. Asserts nothing: the numbers are for people.
 
 Usage: backends.py [BACK_END...], as root, with tests/netns on Python's path
 """

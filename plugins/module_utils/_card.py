@@ -290,7 +290,9 @@ def _part(host: CardHost, qr: Callable[[str], QrCode] | None) -> _Part:
     if host.sequences[0][0].spa:
         if host.jump:
             return _Part(title, (f"Only its jump host, {_printable(host.jump)}, can open it: use the helper.",), ())
-        only = "One packet opens it, which a program has to make: IPv4 only. There is no other way, and none for a phone."
+        only = (
+            "One packet opens it, which a program has to make: IPv4 only. There is no other way, and none for a phone."
+        )
         return _Part(title, (only,), (*ways(host), Way("Then", (_ssh(host),))))
     first, *others = (_knock_command(host.hostname, knocks) for knocks in host.sequences[:LISTED])
     intro = ["Knocks, in this order: " + " ".join(map(str, host.sequences[0]))]

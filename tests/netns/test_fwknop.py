@@ -209,7 +209,7 @@ def test_junk_at_twenty_thousand_packets_a_second(lab: Lab, host: Host) -> None:
             source = lab.source()
             # One packet, sent once.
             host.ask(ALICE, source)
-            wait_for(lambda source=source: lab.look(source) == "open", SECONDS, "an open port")
+            wait_for(lambda source=source: lab.look(source) == "open", SECONDS, "an open port")  # type: ignore[misc]
     finally:
         over.set()
         flooding.join()

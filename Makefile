@@ -47,9 +47,12 @@ molecule: tools images ## every scenario, or one: make molecule SCENARIO=default
 faults: tools images ## break the protection of a gate at every step of a run (takes more than an hour)
 	@python3 scripts/check.py faults:full
 
-.PHONY: bench
-bench: controller images ## what a run costs, as a ratio to Ansible's own floor
+.PHONY: bench bench-backends
+bench: tools images ## what a run costs, as a ratio to Ansible's own floor, and bench-backends
 	@python3 bench/bench.py
+	@PYTHONPATH=$(CACHE):tests/netns python3 bench/backends.py
+bench-backends: tools ## how soon, for how many and in what flood each back end opens
+	@PYTHONPATH=$(CACHE):tests/netns python3 bench/backends.py
 
 .PHONY: images
 images: engine ## the test fleet's images

@@ -70,6 +70,8 @@ def lint() -> Iterator[Check]:
         if any(folder.rglob("*.py")):
             top = folder.parent if (folder / "__init__.py").exists() else folder
             paths = f"{CACHE}:{top}:{ROOT / 'molecule'}"
+            if folder.name == "bench":
+                paths += f":{ROOT / 'tests/netns'}"
             yield Check(f"mypy-{folder.name}", ["env", f"MYPYPATH={paths}", "mypy", str(folder)])
     yield Check("shellcheck", ["shellcheck", "-x", "-P", "SCRIPTDIR", *sorted(scripts), ".ci/run"])
     yield Check("ansible-lint", ["ansible-lint", "--offline", "--strict"])

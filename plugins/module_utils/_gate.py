@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -334,17 +333,21 @@ def _asked(settings: GateSettings, operators: Mapping[str, Honoured]) -> list[di
     ]
 
 
-def guess_cost(settings: GateSettings, length: int) -> float:
+def guess_cost(settings: GateSettings, length: int, opener: str = "kernel") -> float:
     """The chance that one sweep, which sends a packet to each port once in random order, opens the gate.
 
     For one sequence of ``length`` knocks of one protocol, without regard to the step timeout.
+
+    :param opener: what watches for knocks; not fwknop, whose packets are no ports.
     """
     chance = 1.0
-    if settings.guard == "strict":
+    # knockd ignores wrong ports, whatever the guard.
+    guard = "loose" if opener == "knockd" else settings.guard
+    if guard == "strict":
         for index in range(length - 1):
             chance /= _ALL_PORTS - index
         return chance
-    tripwires = settings.tripwires if settings.guard == "tripwires" else 0
+    tripwires = settings.tripwires if guard == "tripwires" else 0
     for index in range(2, length + 1):
         chance /= tripwires + index
     return chance
@@ -365,9 +368,10 @@ def guard_warnings(settings: GateSettings, length: int, opener: str = "kernel") 
 
 
 def _knockd_warnings(settings: GateSettings, length: int) -> list[str]:
+    cases = round(1 / guess_cost(settings, length, "knockd"))
     return [
         f"{_OPTION}backend: knockd ignores ports that are in none of its sequences, so one sweep over all ports in random order "
-        f"opens a sequence of {length} knocks in about 1 of {math.factorial(length)} cases; nftables makes that practically "
+        f"opens a sequence of {length} knocks in about 1 of {cases} cases; nftables makes that practically "
         "impossible, and one-time sequences make what was guessed worthless.",
         *_meaningless(settings, "knockd, which has a guard of its own"),
     ]

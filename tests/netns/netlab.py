@@ -442,6 +442,11 @@ class Lab:
 
     def flood(self, first: int, count: int, port: int, proto: str, sources: str = "10.0.0.0") -> None:
         """Packets to one port from that many spoofed IPv4 sources, as fast as this machine sends them."""
+        for frame in self.spoofed(first, count, port, proto, sources):
+            self.wire.socket.send(frame)
+
+    def spoofed(self, first: int, count: int, port: int, proto: str, sources: str = "10.0.0.0") -> Iterator[bytes]:
+        """The frames of a flood."""
         base = struct.unpack("!I", socket.inet_aton(sources))[0] + first
         layer = TCP(sport=1025, dport=port, flags="S") if proto == "tcp" else UDP(sport=1025, dport=port, chksum=0)
         frame = bytearray(self.wire.frame(IP(src=sources, dst=HOST4, flags=0) / layer))
@@ -457,7 +462,7 @@ class Lab:
                 pseudo = high + low + sum(struct.unpack_from("!2H", frame, 30)) + 6 + length
                 pseudo += 1025 + port + sum(struct.unpack("!6H", rest))
                 struct.pack_into("!H", frame, 50, fold(pseudo))
-            self.wire.socket.send(frame)
+            yield bytes(frame)
 
 
 def fold(total: int) -> int:

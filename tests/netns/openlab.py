@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, Optional
 
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import FILES, back_end
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import CONFIG_FOLDER, FILES, back_end
 from netlab import TABLE, Lab, wait_for
 
 # How long a test waits for a daemon that has to start first; a knock is repeated until then.
@@ -26,6 +26,8 @@ class Opener:
         self.lab = lab
         self.folder = folder
         self.log = folder / "log"
+        # What a daemon keeps between its lives.
+        self.state = folder / "state"
         self._backend = back_end(backend)
         self._process: Optional[subprocess.Popen[bytes]] = None
 
@@ -38,7 +40,8 @@ class Opener:
         return model
 
     def write(self, name: str, text: str) -> None:
-        (self.folder / name).write_text(text)
+        (self.folder / name).write_text(text.replace(CONFIG_FOLDER, str(self.state)))
+        (self.folder / name).chmod(0o600)
 
     def start(self) -> None:
         with self.lab.host.inside(), self.log.open("ab") as log:

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._backend_fwknop import Fwknop
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import CONFIG_FOLDER
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import Address, knock_until_open, send
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
@@ -39,11 +38,6 @@ class Host(Opener):
 
     def __init__(self, lab: Lab, folder: Path) -> None:
         super().__init__(lab, folder, "fwknop")
-        self.state = folder / "state"
-
-    def write(self, name: str, text: str) -> None:
-        super().write(name, text.replace(CONFIG_FOLDER, str(self.state)))
-        (self.folder / name).chmod(0o600)
 
     def start(self) -> None:
         super().start()

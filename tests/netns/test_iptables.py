@@ -436,6 +436,10 @@ def test_a_flood_of_first_knocks_and_sets(with_sets: IptablesLab) -> None:
     lab.flood(0, 4000, SEQUENCE[0].port, "tcp")
     lab.touch(owner, *SEQUENCE[1:])
     assert lab.look(owner) == "open"
+    # A set that packets alone fill does not grow by itself.
+    newcomer = lab.source()
+    lab.knock(newcomer)
+    assert lab.look(newcomer) == "open"
 
 
 # Loading, and what is loaded.

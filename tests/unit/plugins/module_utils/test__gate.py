@@ -360,6 +360,11 @@ def test_guess_cost(settings: GateSettings, length: int, expected: float) -> Non
     assert guess_cost(settings, length) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("guard", ["tripwires", "strict", "loose"])
+def test_knockd_has_one_guess_cost(guard: str) -> None:
+    assert guess_cost(GateSettings((22,), (), guard=guard), 6, "knockd") == pytest.approx(1 / 720)
+
+
 def test_guard_warnings() -> None:
     assert guard_warnings(GateSettings((22,), ()), 4) == []
     assert guard_warnings(GateSettings((22,), (), guard="loose"), 4) == [

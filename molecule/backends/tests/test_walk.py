@@ -7,6 +7,7 @@ The walk makes every change from one back end to another once. What differs betw
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -62,14 +63,14 @@ def leftovers(fleet: Fleet, host: str, backend: str) -> list[str]:
     problems += [f"unit {unit}" for unit in sorted(set(enabled) ^ set(own.units))]
     kernels = {
         "nft": f"! command -v nft >/dev/null || nft list tables | grep -w {GATE_TABLE} || :",
-        "iptables": f"for save in {IPTABLES}; do ! command -v $save >/dev/null || $save; done | grep -i portknock || :",
+        "iptables": f"for save in {IPTABLES}; do ! command -v $save >/dev/null || $save; done | grep FPK || :",
     }
     problems += [
         f"rules {kernel}"
         for kernel, listing in kernels.items()
         if bool(fleet.execute(host, listing)) != (kernel == own.kernel)
     ]
-    sets = fleet.execute(host, "! command -v ipset >/dev/null || ipset list -n | grep portknock || :").split()
+    sets = fleet.execute(host, "! command -v ipset >/dev/null || ipset list -n | grep fpk || :").split()
     problems += [f"set {name}" for name in sets if own.kernel != "iptables"]
     for name, process in OPENERS.items():
         running = fleet.succeeds(host, f"grep -lx {process} /proc/[0-9]*/comm")
@@ -184,7 +185,7 @@ def tell(fleet: Fleet, _backend: str) -> None:
 
 def states(fleet: Fleet) -> dict[str, dict[str, str]]:
     """All that the collection could have left behind, and the rules of the other kind."""
-    rules = f"for save in {IPTABLES}; do ! command -v $save >/dev/null || $save | grep -v '^[#:]'; done"
+    rules = f"for save in {IPTABLES}; do ! command -v $save >/dev/null || $save | grep -v '^[#:]' || :; done"
     return {host: {**fleet.state(host), "iptables": fleet.execute(host, rules)} for host in fleet.hosts}
 
 
@@ -225,4 +226,4 @@ def test_nothing_is_left(fleet: Fleet) -> None:
     run = fleet.play("fleet.portknock.remove", variables={"portknock_hosts": "all", "knock_server_purge_keyring": True})
     assert run.status == 0, run.output
     for host, state in states(fleet).items():
-        assert "portknock" not in "".join(state.values()), host
+        assert not re.search("portknock|FPK", "".join(state.values())), host

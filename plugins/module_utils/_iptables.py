@@ -408,7 +408,7 @@ def _members(lines: Iterable[str]) -> Iterator[tuple[Source, int]]:
     for line in lines:
         words = line.split()
         if words[0] == "add":
-            address, _, interface = words[2].partition(",")
+            address, _comma, interface = words[2].partition(",")
             left = _TIMEOUT.search(line)
             source = Source(str(ipaddress.ip_address(address.partition("/")[0])), interface or None)
             yield source, int(left.group(1)) if left else 0

@@ -68,7 +68,7 @@ options:
       - V(opened) knocks until the port opens.
       - V(closed) sends the close sequence, which shuts the window of the controller's address before its time, over each of the
         host's addresses, until the port is seen to be closed. Sessions go on. The host needs one
-        (O(fleet.portknock.knock_server#role:knock_server_close_sequence)).
+        (O(fleet.portknock.knock_server#role:main:knock_server_close_sequence)).
       - Neither makes the task fail by itself where the port turns out otherwise; O(expect) does. A trusted source always sees it
         open.
     type: str

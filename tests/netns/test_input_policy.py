@@ -23,11 +23,15 @@ OPEN, OPEN_UDP, SHUT, SHUT_UDP = 8080, 8125, 9100, 9125
 PROBES = [{"socket_wildcard": True}, {"socket_wildcard": False}]
 
 
-@pytest.fixture
-def served(lab: Lab) -> Lab:
-    """A host with services of both protocols on ports that are to stay open, and on others."""
+def serve_more(lab: Lab) -> None:
+    """Services of both protocols on ports that are to stay open, and on others."""
     for port, proto in ((OPEN, "tcp"), (SHUT, "tcp"), (OPEN_UDP, "udp"), (SHUT_UDP, "udp")):
         lab.serve(port, proto)
+
+
+@pytest.fixture
+def served(lab: Lab) -> Lab:
+    serve_more(lab)
     return lab
 
 

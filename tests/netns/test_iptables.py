@@ -32,6 +32,15 @@ from test_forward import CONTAINER4, CONTAINER6, put_container
 from test_forward import test_a_published_port_is_gated_by_name as a_published_port_is_gated_by_name
 from test_forward import test_forwarded_packets_are_no_knocks as test_forwarded_packets_are_no_knocks
 from test_forward import test_forwarded_traffic_is_left_alone as test_forwarded_traffic_is_left_alone
+from test_input_policy import close, serve_more
+from test_input_policy import test_an_open_port_that_is_led_elsewhere as test_an_open_port_that_is_led_elsewhere
+from test_input_policy import test_answers_to_datagrams_come_in as test_answers_to_datagrams_come_in
+from test_input_policy import test_dhcp_answers_come_in as test_dhcp_answers_come_in
+from test_input_policy import test_neighbours_are_found as test_neighbours_are_found
+from test_input_policy import test_pings_are_answered as test_pings_are_answered
+from test_input_policy import test_the_first_load_cuts_no_session as the_first_load_cuts_no_session
+from test_input_policy import test_the_path_tells_its_mtu as test_the_path_tells_its_mtu
+from test_input_policy import test_what_is_open_is_all_that_is as what_is_open_is_all_that_is
 from test_lock import test_a_session_older_than_the_gate_lives_on as a_session_older_than_the_gate_lives_on
 from test_lock import (
     test_calls_from_a_protected_port_are_answered as test_calls_from_a_protected_port_are_answered,
@@ -71,6 +80,7 @@ POLICIES: dict[str, tuple[str, list[str]]] = {
     "accept but drop invalid": ("ACCEPT", [_INVALID]),
     "drop at the end": ("ACCEPT", [_ESTABLISHED, *_SERVICES, "-j DROP"]),
     "reset": ("DROP", [_ESTABLISHED, *_SERVICES, "-p tcp -j REJECT --reject-with tcp-reset"]),
+    "the gate's own": ("ACCEPT", []),
 }
 
 
@@ -141,6 +151,34 @@ def test_untracked_packets(with_sets: IptablesLab) -> None:
     untracked_packets(with_sets, {})
 
 
+# All other ports closed.
+
+
+@pytest.fixture
+def served(lab: IptablesLab) -> IptablesLab:
+    serve_more(lab)
+    return lab
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_what_is_open_is_all_that_is(served: IptablesLab, family: int) -> None:
+    what_is_open_is_all_that_is(served, family, {})
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_the_first_load_cuts_no_session(served: IptablesLab, family: int) -> None:
+    the_first_load_cuts_no_session(served, family, {})
+
+
+def test_a_refusing_host_goes_on_refusing(served: IptablesLab) -> None:
+    """The look is what the host shows, closed by whomever."""
+    served.both("-A", "INPUT", "-p", "tcp", "--syn", "!", "--dport", "22", "-j", "REJECT", "--reject-with", "tcp-reset")
+    close(served)
+    for family in (4, 6):
+        source = served.source(family)
+        assert [served.look(source, port) for port in (SSH, CLOSED)] == ["reset"] * 2
+
+
 # What is seen of it.
 
 
@@ -162,7 +200,7 @@ def test_every_flag_pattern_and_udp(policy: str, source: str) -> None:
             lab.command(name, "-P", "INPUT", chosen)
         for setting in ("net.ipv4.icmp_ratelimit=0", "net.ipv6.icmp.ratelimit=0"):
             lab.host.run("sysctl", "-qw", setting)
-        lab.gate()
+        lab.gate(input_policy="drop" if policy == "the gate's own" else "accept", open_ports=["443/tcp"])
         host = lab.host_of(source)
         different: set[str] = set()
 
@@ -454,7 +492,12 @@ def test_windows_outlive_a_load_and_progress_does_not(lab: IptablesLab) -> None:
     lab.touch(half, *SEQUENCE[:2])
     listing = lab.backend.listing()
     assert listing is not None
-    for settings in ({"guard": "loose"}, {"guard": "loose", "max_windows": 1000, "audit_days": 3}, {"step_timeout": 9}):
+    for settings in (
+        {"guard": "loose"},
+        {"guard": "loose", "input_policy": "drop"},
+        {"guard": "loose", "max_windows": 1000, "audit_days": 3},
+        {"step_timeout": 9},
+    ):
         lab.gate(**settings)
         assert (lab.look(owner), lab.look(other)) == ("open", "open"), settings
         later = lab.backend.listing()

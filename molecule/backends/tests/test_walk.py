@@ -184,9 +184,17 @@ def tell(fleet: Fleet, _backend: str) -> None:
 
 
 def states(fleet: Fleet) -> dict[str, dict[str, str]]:
-    """All that the collection could have left behind, and the rules of the other kind."""
-    rules = f"for save in {IPTABLES}; do ! command -v $save >/dev/null || $save | grep -v '^[#:]' || :; done"
-    return {host: {**fleet.state(host), "iptables": fleet.execute(host, rules)} for host in fleet.hosts}
+    """All that the collection could have left behind; of rules what there is, since what is in them comes and goes."""
+    rules = {
+        "ruleset": "nft list ruleset | grep -E '^table|^\\s(chain|set|map) ' | sort",
+        # Sets that no progress is to outlive change their names at each load.
+        "iptables": f"for save in {IPTABLES}; do ! command -v $save >/dev/null || $save | grep '^[*:-]' | sed 's/fpk[abc]-/fpk-/' | "
+        "sed 's/ .[0-9]*:[0-9]*.$//' | sort; done",
+    }
+    return {
+        host: {**fleet.state(host), **{kind: fleet.execute(host, listing) for kind, listing in rules.items()}}
+        for host in fleet.hosts
+    }
 
 
 def steps() -> Iterator[Any]:

@@ -188,8 +188,8 @@ def states(fleet: Fleet) -> dict[str, dict[str, str]]:
     rules = {
         "ruleset": "nft list ruleset | grep -E '^table|^\\s(chain|set|map) ' | sort",
         # Sets that no progress is to outlive change their names at each load.
-        "iptables": f"for save in {IPTABLES}; do ! command -v $save >/dev/null || $save | grep '^[*:-]' | sed 's/fpk[abc]-/fpk-/' | "
-        "sed 's/ .[0-9]*:[0-9]*.$//' | sort; done",
+        "iptables": f"for save in {IPTABLES}; do ! command -v $save >/dev/null || $save | grep '^[*:-]' | "
+        "sed 's/fpk[abc]-/fpk-/; s/ .[0-9]*:[0-9]*.$//' | sort; done",
     }
     return {
         host: {**fleet.state(host), **{kind: fleet.execute(host, listing) for kind, listing in rules.items()}}

@@ -61,6 +61,7 @@ _WANTED = {
     "zones": ("raw", "-j CT --zone-orig 25637"),
     "dnat_port": ("nat", "-p tcp -m tcp --dport 7 -j DNAT --to-destination :9"),
     "clock": ("mangle", "-m time --datestart 2026-01-01T00:00:00 --datestop 2037-12-31T23:59:59 -j RETURN"),
+    "echo": ("mangle", "-p icmp -m length --length 128:1228 -j RETURN"),
     "ipset": (
         "mangle",
         f"-m set --match-set {SET}-probe-@ src -j SET --add-set {SET}-probe-@ src --exist --timeout 5",

@@ -61,7 +61,7 @@ class Abilities(NamedTuple):
 BACK_ENDS: Mapping[str, Abilities] = {
     "nftables": Abilities("kernel", one_time=True, protocols=KNOCK_PROTOCOLS, close_sequence=True, input_policy=True),
     "iptables": Abilities(
-        "iptables", one_time=False, protocols=PROTOCOLS, close_sequence=True, input_policy=True, single_use=False
+        "iptables", one_time=False, protocols=KNOCK_PROTOCOLS, close_sequence=True, input_policy=True, single_use=False
     ),
     "knockd": Abilities("knockd", one_time=True, protocols=PROTOCOLS, close_sequence=True, input_policy=True),
     "fwknop": Abilities("fwknop", one_time=False, protocols=PROTOCOLS, input_policy=True, mode=SPA),

@@ -49,7 +49,7 @@ _OPTION = "knock_server_"
 # Why there are no icmp knocks on a host.
 NO_ECHO = (
     "expected no icmp knocks on a host whose nft can't look up the length of a packet together with a source's progress (0.9.8, "
-    "Debian 11); 1.0.6 and newer can."
+    "Debian 11), or whose iptables lacks the match length; nft 1.0.6 and newer can, and so can the back end iptables there."
 )
 # Answers to these come in under any policy.
 _DHCP_CLIENTS = (Knock(68, "udp"), Knock(546, "udp"))

@@ -23,7 +23,10 @@ _KEY = re.compile(
 )
 # As sets of ipset and rules of iptables have them.
 _MEMBERS = re.compile(r"(?:^add fpk@-(?:tcp|udp|trip) [0-9]+\n)+", re.MULTILINE)
-_RULE = re.compile(r"^(?P<head>-A FPK-(?:KNOCK-[TU]|[TU]G[0-9]+) .*--dport )(?P<ports>[0-9:]+)", re.MULTILINE)
+_RULE = re.compile(
+    r"^(?P<head>-A FPK-(?:(?:KNOCK-[TU]|[TU]G[0-9]+) .*--dport|(?:ECHO|I[GW][0-9]+) .*--length) )(?P<ports>[0-9:]+)",
+    re.MULTILINE,
+)
 _NUMBER = re.compile(r"(?<![\w.])[0-9]{4,5}(?![\w.])")
 
 

@@ -28,6 +28,10 @@ from iptlab import COMMANDS, VARIANTS, IptablesLab
 from netlab import CLIENT4, CLIENT6, HOST4, PUBLISHED, SEQUENCE, SSH, WIREGUARD, network, wait_for
 from scapy.layers.inet import TCP, UDP
 from scapy.packet import Packet
+from test_echo_gate import test_another_length_on_the_way as another_length_on_the_way
+from test_echo_gate import test_ordinary_pings_are_no_attack as ordinary_pings_are_no_attack
+from test_echo_gate import test_they_open as icmp_knocks_open
+from test_echo_gate import test_tripwires_reset as lengths_that_are_tripwires_reset
 from test_forward import CONTAINER4, CONTAINER6, put_container
 from test_forward import test_a_published_port_is_gated_by_name as a_published_port_is_gated_by_name
 from test_forward import test_forwarded_packets_are_no_knocks as test_forwarded_packets_are_no_knocks
@@ -149,6 +153,26 @@ def test_a_session_older_than_the_gate_lives_on(lab: IptablesLab, source: str) -
 def test_untracked_packets(with_sets: IptablesLab) -> None:
     """Row 3. Lists know no ports: there, a source that has just had a session of datagrams meets silence."""
     untracked_packets(with_sets, {})
+
+
+# Knocks by ping.
+
+
+@pytest.mark.parametrize("guard", ["tripwires", "strict"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_icmp_knocks_with_sets(with_sets: IptablesLab, family: int, guard: str) -> None:
+    for kind in ("icmp alone", "among others"):
+        icmp_knocks_open(with_sets, family, kind, guard)
+    ordinary_pings_are_no_attack(with_sets, family, guard)
+    another_length_on_the_way(with_sets, family, guard, "reset" if guard == "strict" else "open")
+    if guard == "tripwires":
+        lengths_that_are_tripwires_reset(with_sets, family)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_icmp_knocks_with_lists(with_lists: IptablesLab, family: int) -> None:
+    icmp_knocks_open(with_lists, family, "in the middle", "strict")
+    another_length_on_the_way(with_lists, family, "strict", "reset")
 
 
 # All other ports closed.

@@ -48,6 +48,6 @@ def test_knocks_that_a_back_end_can_t_see(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(PortknockError) as caught:
         check_seen("knockd", ["tcp", "icmp"])
     assert str(caught.value) == (
-        "knock_server_sequence_protocols: expected tcp or udp with knock_server_backend=knockd; got icmp, which nftables can "
-        "see."
+        "knock_server_sequence_protocols: expected tcp or udp with knock_server_backend=knockd; got icmp, which nftables and "
+        "iptables can see."
     )

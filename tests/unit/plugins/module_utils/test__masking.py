@@ -83,13 +83,21 @@ def test_knockd_s_sequences(before: str, after: str, said: str) -> None:
 
 SETS = "#sets\ncreate fpk@-tcp bitmap:port range 0-65535\nadd fpk@-tcp 4{0}01\nadd fpk@-tcp 4{0}02\n#4\n*mangle\n"
 RULES = "-A FPK-KNOCK-T -p tcp -m tcp --dport 4{0}01 -g FPK-T1-1\n-A FPK-TG1 -p udp --dport 4{0}02:4{0}03 -g FPK-U1\n"
-OPEN = "-A FPK-DOOR-T -p tcp -m tcp --dport 2222 -j REDIRECT --to-ports 300\nCOMMIT\n"
+PINGS = (
+    "-A FPK-ECHO -m length --length 4{0}1:4{0}2 -g FPK-IG1\n-A FPK-IG1 -m length --length 4{0}1 -g FPK-IG1-1\n"
+    "-A FPK-IW1 -m length --length 4{0}2 -g FPK-WRONG\n"
+)
+OPEN = "-A FPK-KNOCK -p icmp -m icmp --icmp-type 8 -m length --length 128:1228 -g FPK-ECHO\n"
+OPEN += "-A FPK-DOOR-T -p tcp -m tcp --dport 2222 -j REDIRECT --to-ports 300\nCOMMIT\n"
 
 
 def test_sets_and_rules_of_iptables() -> None:
-    first, second = masked(SETS.format(7) + RULES.format(7) + OPEN, SETS.format(8) + RULES.format(8) + OPEN)
+    first, second = (SETS.format(number) + RULES.format(number) + PINGS.format(number) + OPEN for number in (7, 8))
+    first, second = masked(first, second)
     for text in (first, second):
         assert not any(port in text for port in ("4701", "4702", "4703", "4801", "4802", "4803"))
+        assert not any(length in text for length in ("471", "472", "481", "482"))
+        assert "--length 128:1228" in text
         assert "--dport 2222" in text
     assert "\n2 secret elements\n" in first
     assert "\n2 other secret elements\n" in second

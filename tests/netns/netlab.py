@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import ipaddress
 import itertools
 import json
 import os
@@ -75,7 +76,13 @@ class Namespace:
         self.ip("link", "set", "lo", "up")
 
     def ip(self, *arguments: str) -> str:
-        return command("ip", "-n", self.name, *arguments)
+        said = command("ip", "-n", self.name, *arguments)
+        if arguments[:2] == ("addr", "add") and ":" in arguments[2]:
+            # The kernel hears whoever asks for a new address a little later: on a busy machine later than the first question.
+            address = ipaddress.IPv6Interface(arguments[2]).ip.packed
+            group = (b"\xff\x02" + bytes(9) + b"\x01\xff" + address[-3:]).hex()
+            wait_for(lambda: group in self.run("cat", "/proc/net/igmp6"), 5, f"{arguments[2]} can be found")
+        return said
 
     def run(self, *argv: str, given: Optional[str] = None) -> str:
         return command("ip", "netns", "exec", self.name, *argv, given=given)

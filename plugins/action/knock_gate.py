@@ -113,7 +113,7 @@ class ActionModule(ConfirmedAction):
         host = self._vars["inventory_hostname"]
         entry = keyring.load(host)
         if self._task.check_mode:
-            entry = with_throwaway_secrets(entry, host, operators, settings, found, self._mode)
+            entry = with_throwaway_secrets(entry, host, operators, settings, found, self._backend())
         if entry is None:
             raise PortknockError(
                 f"knock_keyring_dir: expected an entry for {host} in {keyring.directory}; got none. knock_keyring makes it."
@@ -133,10 +133,8 @@ class ActionModule(ConfirmedAction):
             )
         destination, connection = self._destination(), knock_ssh_of(self, self._vars)
         sequences = [asking_for(knocks, connection.spa_source) for knocks in sequences]
-        for warning in guard_warnings(settings, len(sequences[0]), BACK_ENDS[self._backend()].opener):
-            display.warning(warning)
-        for note in found["backend"].get("notes", ()):
-            display.warning(f"{host}: {note}")
+        warnings = guard_warnings(settings, len(sequences[0]), BACK_ENDS[self._backend()].opener)
+        warnings += [f"{host}: {note}" for note in found["backend"].get("notes", ())]
         payload: dict[str, Any] = {
             "run": self._run_id,
             "seconds": self._seconds(),
@@ -167,11 +165,14 @@ class ActionModule(ConfirmedAction):
         }
         if found["backend"]["capabilities"].get("ipv6") is False:
             gate["without_ipv6"] = f"{self._backend()} has no IPv6 here"
-            display.warning(
+            warnings.append(
                 f"knock_server_backend: {gate['without_ipv6']}: on hosts that have it, the protected ports are closed on IPv6 "
                 "to all but the trusted sources."
             )
         outcome = self._change(payload, destination, found["ipv6_addresses"], gate)
+        # Said at each change, and not at every run.
+        for warning in warnings if outcome.get("reasons") or outcome.get("failed") else ():
+            display.warning(warning)
         if outcome.get("failed"):
             return outcome
         proof = outcome.get("proof")

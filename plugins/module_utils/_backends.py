@@ -46,7 +46,7 @@ class Abilities(NamedTuple):
     ``opener`` is what watches for knocks: ``kernel`` where the gate's own rules do. ``one_time`` says whether it can use a
     sequence up, ``protocols`` what knocks it sees, ``close_sequence`` whether another sequence can shut a window,
     ``input_policy`` whether it can close all other ports, ``mode`` what opens it: a sequence, or one packet, ``single_use``
-    whether a window can let one connection through.
+    whether a window can let one connection through, ``length`` how many knocks a sequence has unless it is told.
     """
 
     opener: str
@@ -56,6 +56,7 @@ class Abilities(NamedTuple):
     input_policy: bool = False
     mode: str = SEQUENCE
     single_use: bool = True
+    length: int = 4
 
 
 BACK_ENDS: Mapping[str, Abilities] = {
@@ -63,7 +64,8 @@ BACK_ENDS: Mapping[str, Abilities] = {
     "iptables": Abilities(
         "iptables", one_time=False, protocols=KNOCK_PROTOCOLS, close_sequence=True, input_policy=True, single_use=False
     ),
-    "knockd": Abilities("knockd", one_time=True, protocols=PROTOCOLS, close_sequence=True, input_policy=True),
+    # Easier to guess: the role's default says the same.
+    "knockd": Abilities("knockd", one_time=True, protocols=PROTOCOLS, close_sequence=True, input_policy=True, length=6),
     "fwknop": Abilities("fwknop", one_time=False, protocols=PROTOCOLS, input_policy=True, mode=SPA),
 }
 # In the order in which they are written. The gate comes last: it alone is what a reboot brings back, and it has the same path

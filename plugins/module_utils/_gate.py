@@ -46,6 +46,10 @@ EARLIEST_TIME = 1767225600
 BEGIN_TIMEOUT = 8
 
 _OPTION = "knock_server_"
+# What a host can do, as far as a check knows where the back end is still to be installed.
+USUAL_PROBE = dict.fromkeys(
+    ("socket_wildcard", "clock", "one_time", "counts", "echo", "ipset", "zones", "dnat_port"), True
+)
 # Why there are no icmp knocks on a host.
 NO_ECHO = (
     "expected no icmp knocks on a host whose nft can't look up the length of a packet together with a source's progress (0.9.8, "
@@ -604,6 +608,7 @@ __all__ = (
     "LONGEST_SECONDS",
     "NO_ECHO",
     "SHORTEST_WINDOW",
+    "USUAL_PROBE",
     "GateSettings",
     "Honoured",
     "build_model",

@@ -51,7 +51,8 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
     found = host.inspect()
     capabilities: dict[str, bool] = {}
     problem: Optional[str] = None
-    if found.version is not None:
+    missing = enforcer.missing_programs()
+    if not missing:
         try:
             capabilities = enforcer.capabilities()
         except PortknockError as exc:
@@ -79,7 +80,7 @@ def inspect_host(backend: str, pid: int, run: Runner = run_program) -> dict[str,
         "backend": {
             "name": backend,
             "version": found.version,
-            "missing_programs": enforcer.missing_programs(),
+            "missing_programs": missing,
             "capabilities": capabilities,
             "problem": problem,
             "notes": enforcer.notes(capabilities) if capabilities else [],

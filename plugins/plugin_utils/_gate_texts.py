@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_seen
-from ansible_collections.fleet.portknock.plugins.module_utils._gate import GateSettings, build_model
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import USUAL_PROBE, GateSettings, build_model
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
     read_host_state,
@@ -18,7 +18,6 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._planning import plan_secrets
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
-    SEQUENCE,
     SPA,
     Knock,
     parse_knocks,
@@ -47,7 +46,7 @@ def gate_texts(
     avoid = entry.avoid | {knock.port for knock in in_use if knock.port < _FIRST_UNPRIVILEGED}
     honoured = entry.honoured(operators)
     check_seen(backend, (knock.proto for one in honoured.values() for knocks in one.every_sequence for knock in knocks))
-    probe, opener = found["backend"]["capabilities"], BACK_ENDS[backend].opener
+    probe, opener = found["backend"]["capabilities"] or USUAL_PROBE, BACK_ENDS[backend].opener
     gate = build_model(settings, honoured, entry.tripwire_seed, avoid, probe, opener)
     return {
         "texts": render(templates, backend, gate),
@@ -64,7 +63,7 @@ def with_throwaway_secrets(
     operators: Sequence[str],
     settings: GateSettings,
     found: Mapping[str, Any],
-    mode: str = SEQUENCE,
+    backend: str,
 ) -> HostSecrets:
     """The entry as a check needs it: with secrets for whoever has none yet, which are written nowhere."""
     in_use = parse_knocks(found["ports_in_use"], "ports_in_use")
@@ -76,6 +75,7 @@ def with_throwaway_secrets(
         host=host,
         operators=operators,
         now=utc_now(),
+        length=BACK_ENDS[backend].length,
         # What there is stays, whatever new ones are made of.
         protocols=("tcp", "icmp") if has_echo else ("tcp",),
         protected={*settings.protected_tcp, *settings.protected_udp},
@@ -84,7 +84,7 @@ def with_throwaway_secrets(
         close_sequence=settings.close_sequence,
         state=read_host_state(found["gate"]) if settings.one_time else None,
         is_bare=found["gate"]["present"] is False,
-        spa=_any_port(settings) if mode == SPA else None,
+        spa=_any_port(settings) if BACK_ENDS[backend].mode == SPA else None,
     ).secrets
 
 

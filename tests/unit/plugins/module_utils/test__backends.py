@@ -4,7 +4,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import jinja2
 import pytest
+import yaml
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import (
     BACK_ENDS,
     FILES,
@@ -29,6 +33,13 @@ def test_what_a_back_end_has_is_known_to_all(name: str) -> None:
     assert list(backend.files)[-1] == "gate"
     assert backend.files["gate"].path == FILES["gate"].path
     assert set(backend.opener_files) <= set(backend.files)
+
+
+@pytest.mark.parametrize("name", BACK_ENDS)
+def test_the_role_and_a_check_agree_on_the_length(name: str) -> None:
+    defaults = yaml.safe_load((Path(__file__).parents[4] / "roles/knock_server/defaults/main.yml").read_text())
+    template = jinja2.Template(defaults["knock_server_sequence_length"])
+    assert int(template.render(knock_server_backend=name)) == BACK_ENDS[name].length
 
 
 def test_no_two_files_have_one_path() -> None:

@@ -12,6 +12,7 @@ from typing import Any, Mapping, Optional, Sequence
 from ansible_collections.fleet.portknock.plugins.module_utils._backends import FILES, HostFile, files_of
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._iptables import (
+    CHAIN,
     NO_RULES4,
     NO_RULES6,
     NO_SETS,
@@ -41,6 +42,8 @@ from ansible_collections.fleet.portknock.plugins.module_utils._system import (
 from ansible_collections.fleet.portknock.plugins.module_utils._system import run as run_program
 
 _NOT_INSTALLED = 127
+# Where Debian's netfilter-persistent keeps rules.
+_SAVED = ("/etc/iptables/rules.v4", "/etc/iptables/rules.v6")
 # What the kernel's lists hold unless they are told otherwise, and where it says so.
 _FEW_SOURCES = 100
 _XT_RECENT = "/sys/module/xt_recent"
@@ -162,6 +165,15 @@ class Iptables:
             **{name: "all" in accepted or name in accepted for name in _WANTED},
             **self._strays(),
         }
+
+    def left_behind(self) -> list[str]:
+        """What others have kept of its rules that harms once these are gone, in sentences."""
+        return [
+            f"{path} holds rules of the gate that is gone: as long as it names their sets, none of its rules load at a boot. "
+            "Save the rules again."
+            for path in _SAVED
+            if CHAIN in (read_text(f"{self._root}{path}") or "")
+        ]
 
     def notes(self, capabilities: Mapping[str, bool]) -> list[str]:
         """What the user has to know of what this host can't do, in sentences."""

@@ -131,6 +131,10 @@ class Nftables:
         """Nothing: what can't be gone round is refused."""
         return []
 
+    def left_behind(self) -> list[str]:
+        """Nothing: a table that somebody saved is one that somebody loads, by itself."""
+        return []
+
     def check(self, texts: Mapping[str, str]) -> None:
         """Let nft and the kernel check the rules among the files' texts without loading them.
 

@@ -145,6 +145,9 @@ class BackEnd(Protocol):
     def notes(self, capabilities: Mapping[str, bool]) -> list[str]:
         """What the user has to know of what this host can't do, in sentences."""
 
+    def left_behind(self) -> list[str]:
+        """What others have kept of its rules that harms once these are gone, in sentences."""
+
     def check(self, texts: Mapping[str, str]) -> None:
         """Let the host's own checker read the texts, without loading them.
 

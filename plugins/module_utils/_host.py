@@ -221,9 +221,10 @@ class GateHost:
                 f"What opens the gate can't be started: systemd-run failed with exit code {started.code}."
             )
 
-    def confirm(self, wanted: Wanted, run: str) -> None:
+    def confirm(self, wanted: Wanted, run: str) -> list[str]:
         """Make the loaded gate the one that a reboot brings back, then disarm. The trial's lock must be held.
 
+        :returns: what the user has to know of what is left of a former one, in sentences.
         :raises PortknockError: the trial has ended, or what is loaded is not what was loaded for it.
         """
         self.trial.require(run)
@@ -234,7 +235,9 @@ class GateHost:
         # that died in this trial may have written it, without having told systemd.
         if not os.path.exists(self._installed) or not all(map(self._runs, self._backend.services)):
             self._install(wanted)
-        text = self._boot_text(wanted, digests, run, _names(_state_in(read_text(self._gate) or ""), wanted))
+        state = _state_in(read_text(self._gate) or "")
+        former = self._enforcer(state)
+        text = self._boot_text(wanted, digests, run, _names(state, wanted))
         write_text(self.trial.path("committed"), text, 0o600)
         write_text(self._gate, text, 0o600)
         left = self._leftovers_command(
@@ -243,6 +246,7 @@ class GateHost:
         if self._run(["/bin/sh", "-c", left], None).code != 0:
             raise PortknockError(f"{self._config}: expected to be able to remove what the former back end had there.")
         self.trial.end()
+        return former.left_behind() if former.kernel != self._backend.kernel else []
 
     def _install(self, wanted: Wanted) -> None:
         """Put everything but the gate in its place, and start what watches over it."""
@@ -288,15 +292,20 @@ class GateHost:
         self._begin(run, seconds, "absent", committed, found, None)
         found.enforcer.unload()
 
-    def confirm_away(self, run: str) -> None:
-        """Remove what is left of the gate, then disarm. The trial's lock must be held."""
+    def confirm_away(self, run: str) -> list[str]:
+        """Remove what is left of the gate, then disarm. The trial's lock must be held.
+
+        :returns: as :meth:`confirm`.
+        """
         self.trial.require(run)
+        former = self._enforcer(_state_in(read_text(self._gate) or ""))
         remove_file(self._gate)
         done = self._run(["/bin/sh", "-c", self._removal_command()], None)
         if done.code != 0:
             raise PortknockError(f"What is left of the gate can't be removed: exit code {done.code}.")
         write_text(self.trial.path("committed"), "", 0o600)
         self.trial.end()
+        return former.left_behind()
 
     def forget(self) -> None:
         """Remove the run-time folder: the last trace of a gate that was taken away."""

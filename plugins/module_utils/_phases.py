@@ -104,12 +104,13 @@ class GateChange(Change):
 
     def confirm(self) -> Optional[dict[str, Any]]:
         if self._wanted is None:
-            self._host.confirm_away(self._run)
+            warnings = self._host.confirm_away(self._run)
             self._host.forget()
-            return None
-        self._host.confirm(self._wanted, self._run)
+            return {"warnings": warnings} if warnings else None
+        warnings = self._host.confirm(self._wanted, self._run)
         # Not before: a change that goes back must have cut nobody off.
-        return self._shut()
+        done = self._shut()
+        return {**done, "warnings": [*warnings, *done.get("warnings", ())]} if warnings else done
 
     def outcome(self) -> Optional[str]:
         return self._host.outcome(self._run, removal=self._wanted is None)

@@ -102,6 +102,9 @@ class FileBackend:
     def unload_text(self) -> str:
         return "BOOT\n"
 
+    def left_behind(self) -> list[str]:
+        return [f"{self.name} was here"]
+
     def unload_command(self) -> str:
         return f"rm -f {shlex.quote(str(self.path))}"
 
@@ -711,7 +714,9 @@ def test_another_back_end_takes_the_gate_over(
     host = switch.host(later)
     assert "the back end" in whats(host, switch.wanted(later))
     apply(host, switch.wanted(later))
-    confirm(host, switch.wanted(later))
+    with host.trial.turn("aa"):
+        told = host.confirm(switch.wanted(later), "aa")
+    assert told == ([f"{former.name} was here"] if OfAnotherKernel in (former, later) else [])
     assert whats(host, switch.wanted(later)) == []
     found, other, running = switch.state()
     assert {Path(path).name for path in found if "kernel" not in path} == {
@@ -812,6 +817,6 @@ def test_whoever_is_asked_takes_another_s_gate_away(switch: Switch, tmp_path: Pa
     asked = switch.host(OfAnotherKernel if backend is FileBackend else FileBackend)
     with asked.trial.turn("bb"):
         asked.take_away(asked.inspect(), "bb", 3600)
-        asked.confirm_away("bb")
+        assert asked.confirm_away("bb") == [f"{backend.name} was here"]
     assert switch.state() == ({}, "", frozenset())
     assert list(tmp_path.rglob("*.service.d")) == []

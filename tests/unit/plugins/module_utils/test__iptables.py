@@ -154,6 +154,18 @@ def test_versions_and_missing_programs() -> None:
     assert Iptables(Programs({})).missing_programs() == ["iptables", "ipset"]
 
 
+def test_rules_that_somebody_has_saved(tmp_path: Path) -> None:
+    """They would load no more, and with them none of the host's own."""
+    folder = tmp_path / "etc/iptables"
+    folder.mkdir(parents=True)
+    backend = Iptables(Programs({}), str(tmp_path))
+    (folder / "rules.v4").write_text("*filter\n:INPUT DROP [0:0]\nCOMMIT\n")
+    assert backend.left_behind() == []
+    (folder / "rules.v6").write_text("*security\n-A INPUT -j FPK-LOCK\nCOMMIT\n")
+    (sentence,) = backend.left_behind()
+    assert sentence.startswith("/etc/iptables/rules.v6 holds rules of the gate that is gone")
+
+
 def test_a_kernel_that_does_not_say_is_no_empty_one() -> None:
     refused = Completed(1, "", "secret 4001")
     with pytest.raises(PortknockError, match=r"^iptables-save can't list the gate's rules") as caught:

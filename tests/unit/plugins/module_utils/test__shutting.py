@@ -149,8 +149,9 @@ class Gate:
     def __init__(self, calls: list[str]) -> None:
         self._calls = calls
 
-    def confirm(self, _wanted: object, _run: str) -> None:
+    def confirm(self, _wanted: object, _run: str) -> list[str]:
         self._calls.append("confirmed")
+        return []
 
 
 def change(tmp_path: Path, calls: list[str], **payload: object) -> GateChange:

@@ -112,6 +112,9 @@ def temporary_home() -> Iterator[str]:
         # A folder of its own, so that what the agent takes away while it ends is nobody's error.
         home = os.path.join(folder, "gnupg")
         os.mkdir(home, 0o700)
+        with open(os.path.join(home, "gpg.conf"), "w", encoding="ascii") as stream:
+            # Nothing is to be looked up anywhere.
+            stream.write("disable-dirmngr\n")
         try:
             yield home
         finally:

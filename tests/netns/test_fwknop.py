@@ -360,12 +360,12 @@ def gnupg_host(host: Host, signed: Mapping[str, GnupgPackets]) -> Host:
 
 
 def agents(folder: str) -> list[int]:
-    """The agents of GnuPG's that work for a folder, or for one in it."""
+    """The agents of GnuPG's, and what asks servers of keys for it, that work for a folder, or for one in it."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             command = (entry / "cmdline").read_bytes()
-            if command.startswith(b"gpg-agent\0") and folder.encode() in command:
+            if command.startswith((b"gpg-agent\0", b"dirmngr\0")) and folder.encode() in command:
                 found.append(int(entry.name))
     return found
 
@@ -476,7 +476,7 @@ def test_gnupg_leaves_nothing_to_be_seen(
     # What the host has not: a private key of an operator's.
     grips = {path.name for path in (home / "private-keys-v1.d").iterdir()}
     assert len(grips) == len(signed)
-    assert agents(str(home))
+    assert len(agents(str(home))) == 1
     gnupg_host.stop()
     assert agents(str(folder)) == []
     assert not folder.exists()

@@ -440,6 +440,8 @@ class Daemon:
         os.makedirs(self._home, 0o700)
         try:
             with open(os.path.join(self._home, "gpg.conf"), "w", encoding="ascii") as stream:
+                # Nothing is to be looked up anywhere.
+                stream.write("disable-dirmngr\n")
                 # The older versions take no whole fingerprint. fwknopd compares that itself.
                 stream.writelines(f"trusted-key {fingerprint[-16:]}\n" for fingerprint in self._settings.trusted)
             _run_gnupg(

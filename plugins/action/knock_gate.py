@@ -473,7 +473,7 @@ class ActionModule(ConfirmedAction):
     @property
     def _mode(self) -> str:
         """What the gate is opened with."""
-        kind = check_spa_keys(dict(self._required("settings")).get("spa_keys", SPA_KEYS[0]))
+        kind = check_spa_keys((self._task.args.get("settings") or {}).get("spa_keys", SPA_KEYS[0]))
         return mode_of(check_name(self._backend()), kind)
 
     def _timeout(self) -> float:
@@ -503,7 +503,8 @@ class ActionModule(ConfirmedAction):
 
     def _check_abilities(self, settings: GateSettings) -> None:
         """Stop where the back end can't use a sequence up, or shut a window on request."""
-        mode_of(check_name(self._backend()), settings.spa_keys)
+        if settings.spa_keys != SPA_KEYS[0]:
+            mode_of(check_name(self._backend()), settings.spa_keys)
         able = sorted(name for name, abilities in BACK_ENDS.items() if abilities.one_time)
         if settings.one_time and self._backend() not in able:
             raise PortknockError(

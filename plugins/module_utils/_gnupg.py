@@ -14,9 +14,8 @@ import contextlib
 import os
 import re
 import shutil
-import subprocess
 import tempfile
-from typing import Iterator, NamedTuple, Optional
+from typing import Iterator, NamedTuple, Optional, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 
@@ -120,8 +119,8 @@ def temporary_home() -> Iterator[str]:
         finally:
             # Sockets may be in a folder of the user's session.
             for command in (["--kill", "all"], ["--remove-socketdir"]):
-                with contextlib.suppress(OSError, subprocess.SubprocessError):
-                    _run(["gpgconf", "--homedir", home, *command], b"")
+                with contextlib.suppress(PortknockError):
+                    _run(["gpgconf", "--homedir", home, *command])
             shutil.rmtree(home, ignore_errors=True)
 
 
@@ -134,25 +133,31 @@ def _in_memory() -> Optional[str]:
 
 
 def _gpg(home: str, *arguments: str, given: bytes = b"") -> bytes:
+    return _run(["gpg", "--homedir", home, "--batch", "--no-tty", "--quiet", *arguments], given)
+
+
+def _run(command: Sequence[str], given: bytes = b"") -> bytes:
+    """Run one of the programs; what it says of errors may name what it was given, and is not passed on.
+
+    :raises PortknockError: it does not run, or not well.
+    """
+    # Only where it is needed: people's ssh waits for each module.
+    import subprocess
+
     try:
-        done = _run(["gpg", "--homedir", home, "--batch", "--no-tty", "--quiet", *arguments], given)
+        done = subprocess.run(
+            command,
+            input=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=_SECONDS,
+            check=False,
+        )
     except (OSError, subprocess.SubprocessError) as exc:
-        raise PortknockError(f"expected `gpg` to run; got {type(exc).__name__}.") from None
+        raise PortknockError(f"expected `{command[0]}` to run; got {type(exc).__name__}.") from None
     if done.returncode != 0:
-        raise PortknockError(f"expected `gpg` to do its work; it has ended with code {done.returncode}.")
+        raise PortknockError(f"expected `{command[0]}` to do its work; it has ended with code {done.returncode}.")
     return done.stdout
-
-
-def _run(command: list[str], given: bytes) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        command,
-        input=given,
-        stdout=subprocess.PIPE,
-        # What it says may name what it was given.
-        stderr=subprocess.DEVNULL,
-        timeout=_SECONDS,
-        check=False,
-    )
 
 
 __all__ = ("PROGRAMS", "KeyPair", "check_programs", "home_with", "new_pairs", "temporary_home")

@@ -18,6 +18,11 @@ import tempfile
 from typing import Iterator, NamedTuple, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._gnupg import (
+    check_programs,
+    home_with,
+    new_pairs,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import GNUPG, Knock
 
 PROGRAM = "fwknop"
@@ -60,9 +65,6 @@ def new_gnupg(asked: Knock) -> GnupgPackets:
 
     :raises PortknockError: there is no GnuPG on this machine, or it makes none.
     """
-    # Only where it is needed: people's ssh waits for each module.
-    from ansible_collections.fleet.portknock.plugins.module_utils._gnupg import new_pairs
-
     host, operator = new_pairs()
     hmac_key = base64.b64encode(secrets.token_bytes(_HMAC_KEY_BYTES)).decode()
 
@@ -129,8 +131,6 @@ def check_client(place: str = "", gnupg: bool = False) -> None:
             "fwknop-client); it is not installed there."
         )
     if gnupg:
-        from ansible_collections.fleet.portknock.plugins.module_utils._gnupg import check_programs
-
         check_programs(place)
 
 
@@ -184,8 +184,6 @@ def send_spa(host: str, knock: Knock, source: str) -> None:
         _send(host, client_stanza(_STANZA, host, knock, source))
         return
     check_client(gnupg=True)
-    from ansible_collections.fleet.portknock.plugins.module_utils._gnupg import home_with
-
     keys = gnupg_keys_of(knock)
     with home_with(keys.own, keys.peer) as home:
         _send(host, client_stanza(_STANZA, host, knock, source, home))

@@ -22,6 +22,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._gate import (
     guard_warnings,
     settings_from,
 )
+from ansible_collections.fleet.portknock.plugins.module_utils._jump import _sources
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets, HostState
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import Address, knock_until_open, send
 from ansible_collections.fleet.portknock.plugins.module_utils._masking import masked
@@ -464,6 +465,11 @@ def test_a_machine_without_gnupg_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     request = {"place": "bastion", "host": "192.0.2.1", "port": 22, "family": "any", "addresses": [], "further": []}
     assert "GnuPG on bastion" in answer("scout", {**request, "mode": GNUPG})["problem"]
     assert "GnuPG" not in json.dumps(answer("scout", {**request, "mode": SPA}))
+
+
+def test_a_jump_host_is_given_all_that_it_needs() -> None:
+    name = send.__module__
+    assert name.replace("_knocking", "_gnupg") in _sources(name)
 
 
 def test_a_diff_shows_no_key_of_gnupg() -> None:

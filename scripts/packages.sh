@@ -29,6 +29,6 @@ if [ "${1:-demo}" = test ]; then
         ipset ipset
     need_asleep sshd openssh-server ssh.service ssh.socket
     need_asleep knockd knockd knockd.service
-    need fwknop fwknop-client
+    need fwknop fwknop-client gpg gpg gpg-agent gpg-agent
     need_asleep fwknopd fwknop-server fwknop-server.service
 fi

@@ -12,12 +12,14 @@ from typing import Any
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.utils.display import Display
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_name
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_name, mode_of
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import (
     INPUT_POLICIES,
+    SPA_KEYS,
     GateSettings,
     Honoured,
+    check_spa_keys,
     guard_warnings,
     settings_from,
 )
@@ -32,7 +34,6 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import check_echo
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
     SEQUENCE,
-    SPA,
     Knock,
     parse_knocks,
 )
@@ -98,7 +99,7 @@ class ActionModule(ConfirmedAction):
         self._choose_jump(settings, destination, found)
         if (self._place or self._jump) and not self._task.check_mode:
             self._view(destination, found["ipv6_addresses"])
-        elif self._mode == SPA and not self._task.check_mode and not destination.proxied:
+        elif self._mode != SEQUENCE and not self._task.check_mode and not destination.proxied:
             self._scout(destination, [])
         return {"changed": False}
 
@@ -472,7 +473,8 @@ class ActionModule(ConfirmedAction):
     @property
     def _mode(self) -> str:
         """What the gate is opened with."""
-        return BACK_ENDS[check_name(self._backend())].mode
+        kind = check_spa_keys((self._task.args.get("settings") or {}).get("spa_keys", SPA_KEYS[0]))
+        return mode_of(check_name(self._backend()), kind)
 
     def _timeout(self) -> float:
         """Seconds that the proof goes on knocking: well inside the trial, so that the way back isn't raced."""
@@ -501,6 +503,8 @@ class ActionModule(ConfirmedAction):
 
     def _check_abilities(self, settings: GateSettings) -> None:
         """Stop where the back end can't use a sequence up, or shut a window on request."""
+        if settings.spa_keys != SPA_KEYS[0]:
+            mode_of(check_name(self._backend()), settings.spa_keys)
         able = sorted(name for name, abilities in BACK_ENDS.items() if abilities.one_time)
         if settings.one_time and self._backend() not in able:
             raise PortknockError(

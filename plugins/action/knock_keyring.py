@@ -13,9 +13,14 @@ from typing import Any
 import yaml
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_name, check_seen
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import (
+    BACK_ENDS,
+    check_name,
+    check_seen,
+    mode_of,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._gate import NO_ECHO
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import NO_ECHO, SPA_KEYS, check_spa_keys
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     SEQUENCES_OPTION,
     HostSecrets,
@@ -31,6 +36,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
 from ansible_collections.fleet.portknock.plugins.module_utils._nmap_ports import nmap_ports, read_nmap_services
 from ansible_collections.fleet.portknock.plugins.module_utils._planning import Plan, plan_secrets
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    GNUPG,
     HIGHEST_PORT,
     KNOCK_PROTOCOLS,
     SPA,
@@ -81,6 +87,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "one_time": {"type": "raw", "default": 0},
     "close_sequence": {"type": "bool", "default": False},
     "backend": {"type": "dict", "default": {}},
+    "spa_keys": {"type": "str", "default": SPA_KEYS[0]},
 }
 
 
@@ -202,6 +209,7 @@ class ActionModule(ActionBase):
             nmap_ports=_avoided(arguments["nmap_services"]),
             in_use=frozenset(_port(value) for value in arguments["ports_in_use"]),
             spa=_asked(arguments["backend"], protected),
+            gnupg=_is_gnupg(arguments["spa_keys"], arguments["backend"]),
         )
 
     @staticmethod
@@ -231,6 +239,7 @@ class ActionModule(ActionBase):
         state = read_host_state(arguments["host_state"])
         now = utc_now()
         spa = _asked(arguments["backend"], protected, check_one_time(arguments["one_time"]))
+        gnupg = _is_gnupg(arguments["spa_keys"], arguments["backend"])
         known_id = keyring.id
         # The keyring calls again where another writer came between; the last call counts.
         history: list[tuple[HostSecrets | None, Plan]] = []
@@ -258,6 +267,7 @@ class ActionModule(ActionBase):
                 close_sequence=arguments["close_sequence"],
                 is_bare=arguments["host_state"].get("present") is False,
                 spa=spa,
+                gnupg=gnupg,
             )
             if not arguments["trusted_sources"]:
                 check_not_all_expire(operators, plan.secrets)
@@ -286,6 +296,14 @@ def _asked(backend: Mapping[str, Any], protected: Sequence[Knock], one_time: int
             "knock_server_protected_ports: expected at least one port such as 22/tcp; got an empty list."
         )
     return protected[0]
+
+
+def _is_gnupg(kind: object, backend: Mapping[str, Any]) -> bool:
+    """Whether packets have keys of GnuPG's.
+
+    :raises PortknockError: no such kind, or a back end without packets.
+    """
+    return "name" in backend and mode_of(check_name(backend["name"]), check_spa_keys(kind)) == GNUPG
 
 
 def _check_protocols(protocols: Iterable[str], backend: Mapping[str, Any], option: str) -> None:

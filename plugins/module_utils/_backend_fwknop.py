@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from typing import Mapping, Optional, Sequence
 
@@ -18,6 +19,7 @@ _OPENER_FILES = ("opener", "opener_settings", "open", "fwknopd_conf", "fwknop_ac
 _OPENER = "fleet-portknock-opener.service"
 _NOT_INSTALLED = 127
 _MEMORY = "/run"
+_GNUPG = ("gpg", "gpgconf", "gpg-agent")
 
 
 class Fwknop(Nftables):
@@ -39,7 +41,7 @@ class Fwknop(Nftables):
 
         :raises PortknockError: something that the gate can't do without is refused.
         """
-        return {**super().capabilities(), "clock": True, "ipv6": False, "counts": self._counts()}
+        return {**super().capabilities(), "clock": True, "ipv6": False, "counts": self._counts(), "gnupg": _has_gnupg()}
 
     def check(self, texts: Mapping[str, str]) -> None:
         """Let nft and the kernel check the rules, and fwknopd its settings.
@@ -51,6 +53,8 @@ class Fwknop(Nftables):
         with tempfile.TemporaryDirectory(
             prefix="fleet-portknock-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None
         ) as folder:
+            # Where it decrypts by GnuPG, it looks whether the folder is there.
+            os.mkdir(os.path.join(folder, "gnupg"), 0o700)
             for name in ("fwknopd_conf", "fwknop_access"):
                 text = texts[name].replace("{run}", folder).replace("{folder}", folder)
                 write_text(os.path.join(folder, name), text, 0o600)
@@ -67,6 +71,10 @@ class Fwknop(Nftables):
                 "fwknopd.conf.j2, access.conf.j2: expected settings that fwknopd accepts; it refuses them (exit code "
                 f"{done.code})."
             )
+
+
+def _has_gnupg() -> bool:
+    return all(shutil.which(program, path="/usr/bin:/bin") for program in _GNUPG)
 
 
 __all__ = ("Fwknop",)

@@ -14,6 +14,7 @@ from typing import Any, Iterable, Mapping, NamedTuple, Optional, Protocol, Seque
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._nft import Opening, Source
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    GNUPG,
     KNOCK_PROTOCOLS,
     PROTOCOLS,
     SEQUENCE,
@@ -106,6 +107,24 @@ SERVICES = ("fleet-portknock-watch.service", "fleet-portknock-opener.service")
 UNITS = ("fleet-portknock.service", "fleet-portknock-sets.service", *SERVICES)
 # The unit that the opener of a gate on trial runs as: nothing of it is on disk.
 OPENER_ON_TRIAL = "fleet-portknock-opener-trial.service"
+
+
+def mode_of(name: str, spa_keys: str) -> str:
+    """What a gate of this back end is opened with.
+
+    :param spa_keys: the kind of keys that packets have.
+    :raises PortknockError: keys of GnuPG's for a back end without packets.
+    """
+    mode = BACK_ENDS[name].mode
+    if spa_keys != GNUPG:
+        return mode
+    if mode != SPA:
+        able = ", ".join(other for other, abilities in BACK_ENDS.items() if abilities.mode == SPA)
+        raise PortknockError(
+            f"knock_server_spa_keys: expected symmetric unless the back end is opened by one packet ({able}); got gnupg with "
+            f"{name}."
+        )
+    return GNUPG
 
 
 class BackEnd(Protocol):
@@ -294,4 +313,5 @@ __all__ = (
     "check_name",
     "check_seen",
     "files_of",
+    "mode_of",
 )

@@ -17,6 +17,7 @@ import shlex
 from typing import Callable, Mapping, NamedTuple, Optional, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import uses_gnupg
 
 # The ports that browsers refuse to connect to: the "bad ports" of the Fetch standard.
 # fmt: off
@@ -83,7 +84,7 @@ def ways(host: CardHost) -> tuple[Way, ...]:
     """Return how to knock with the first sequence of a host whose ``hostname`` is plain (:func:`is_plain`)."""
     knocks = host.sequences[0]
     if knocks[0].spa:
-        return (_fwknop(host.name),)
+        return () if uses_gnupg(knocks[0]) else (_fwknop(host.name),)
     if _has_echo(knocks):
         return (_ping(host.hostname, knocks),)
     return (
@@ -324,6 +325,8 @@ def _part(host: CardHost, qr: Callable[[str], QrCode] | None) -> _Part:
     if host.sequences[0][0].spa:
         if host.jump:
             return _Part(title, (f"Only its jump host, {_printable(host.jump)}, can open it: use the helper.",), ())
+        if uses_gnupg(host.sequences[0][0]):
+            return _Part(title, ("One packet that GnuPG signs opens it, over IPv4 only: use the helper.",), ())
         only = (
             "One packet opens it, which a program has to make: IPv4 only. There is no other way, and none for a phone."
         )

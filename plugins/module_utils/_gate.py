@@ -26,12 +26,13 @@ from ansible_collections.fleet.portknock.plugins.module_utils._sequences import 
     derive_tripwires,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._spa import PORT as SPA_PORT
-from ansible_collections.fleet.portknock.plugins.module_utils._spa import keys_of
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import gnupg_keys_of, keys_of, uses_gnupg
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import check_one_time
 
 GUARDS = ("tripwires", "strict", "loose")
 CLOSED_RESPONSES = ("mimic", "drop", "reset")
 INPUT_POLICIES = ("accept", "drop")
+SPA_KEYS = ("symmetric", "gnupg")
 
 # A client whose first SYN after the knock is lost sends it again after 1 s and after 3 s: a window must outlast both.
 SHORTEST_WINDOW = 5
@@ -133,6 +134,7 @@ class GateSettings:
     close_sequence: bool = False
     input_policy: str = "accept"
     open_ports: tuple[Knock, ...] = ()
+    spa_keys: str = "symmetric"
 
     @property
     def protected(self) -> frozenset[int]:
@@ -187,7 +189,16 @@ def settings_from(options: Mapping[str, object]) -> GateSettings:
         close_sequence=_flag(options, "close_sequence"),
         input_policy=_choice(options, "input_policy", INPUT_POLICIES),
         open_ports=tuple(sorted(served)),
+        spa_keys=check_spa_keys(options.get("spa_keys", SPA_KEYS[0])),
     )
+
+
+def check_spa_keys(value: object) -> str:
+    """Return the kind of keys that packets have.
+
+    :raises PortknockError: there is no such kind.
+    """
+    return _choice({"spa_keys": value}, "spa_keys", SPA_KEYS)
 
 
 def build_model(
@@ -204,7 +215,7 @@ def build_model(
     :param avoid: ports that are in use on the host: neither a tripwire nor a stand-in is made of them.
     :param probe: what the host can do: ``socket_wildcard`` (nft and kernel can tell a listening socket from another),
         ``clock`` (its rules can ask for the time), ``one_time`` (they can use a sequence up), ``counts`` (a command can
-        write how often a source has opened), ``echo`` (its rules can look up lengths of packets).
+        write how often a source has opened), ``echo`` (its rules can look up lengths of packets), ``gnupg`` (it has GnuPG).
     :param opener: what watches for knocks, see the back end's abilities.
     :raises PortknockError: sequences that can't be told apart, or that hold a protected port; an operator who expires on a host
         whose rules can't, or one-time sequences where nothing uses one up.
@@ -220,6 +231,12 @@ def build_model(
         raise PortknockError(
             f"{_OPTION}guard: expected strict or loose on a host whose iptables has no sets (the program ipset, and a kernel "
             "with ip_set and xt_set); got tripwires, which are thousands of ports."
+        )
+    if probe.get("gnupg") is False and any(
+        uses_gnupg(knock) for operator in operators.values() for knocks in operator.sequences for knock in knocks
+    ):
+        raise PortknockError(
+            f"{_OPTION}spa_keys: expected symmetric on a host without GnuPG (Debian's packages gpg and gpg-agent); got gnupg."
         )
     is_spa = any(knocks[0].spa for operator in operators.values() for knocks in operator.sequences if knocks)
     steps = [] if is_spa else _automaton(settings, operators)
@@ -314,12 +331,36 @@ def _spa(settings: GateSettings, operators: Mapping[str, Honoured]) -> dict[str,
                 "operator": name,
                 "number": f"{operator.number:x}",
                 "valid_until": operator.valid_until,
-                **dict(zip(("key", "hmac_key"), keys_of(knock))),
+                **_stanza(knock),
             }
             for name, operator in sorted(operators.items())
             for knocks in operator.sequences
             for knock in knocks
         ],
+        "gnupg": _gnupg(operators),
+    }
+
+
+def _stanza(knock: Knock) -> dict[str, str]:
+    """What tells a packet from others: a key and the HMAC's, or GnuPG's fingerprints of whom it is for and from."""
+    if not uses_gnupg(knock):
+        return dict(zip(("key", "hmac_key"), keys_of(knock)))
+    keys = gnupg_keys_of(knock)
+    return {"key": "", "hmac_key": keys.hmac_key, "recipient": keys.own_fingerprint, "signer": keys.peer_fingerprint}
+
+
+def _gnupg(operators: Mapping[str, Honoured]) -> dict[str, list[str]]:
+    """GnuPG's keys that the host has to have, in base64, and the fingerprints of those whose signatures count."""
+    every = [
+        gnupg_keys_of(knock)
+        for _name, operator in sorted(operators.items())
+        for knocks in operator.sequences
+        for knock in knocks
+        if uses_gnupg(knock)
+    ]
+    return {
+        "keys": [key for keys in every for key in (keys.own, keys.peer)],
+        "trusted": [keys.peer_fingerprint for keys in every],
     }
 
 
@@ -608,10 +649,12 @@ __all__ = (
     "LONGEST_SECONDS",
     "NO_ECHO",
     "SHORTEST_WINDOW",
+    "SPA_KEYS",
     "USUAL_PROBE",
     "GateSettings",
     "Honoured",
     "build_model",
+    "check_spa_keys",
     "guard_warnings",
     "guess_cost",
     "settings_from",

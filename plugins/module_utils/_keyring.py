@@ -21,6 +21,7 @@ from typing import Iterator, Mapping, NamedTuple, Sequence
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import EARLIEST_TIME, Honoured
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    GNUPG,
     HIGHEST_PORT,
     KNOCK_PROTOCOLS,
     MODES,
@@ -36,7 +37,12 @@ from ansible_collections.fleet.portknock.plugins.module_utils._sequences import 
     SEED_BYTES,
     SHORTEST,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._spa import new_spa
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import (
+    GnupgPackets,
+    new_gnupg,
+    new_spa,
+    uses_gnupg,
+)
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import (
     HIGHEST_ID,
     HONOURED,
@@ -76,7 +82,7 @@ class StoredSequence:
     """One sequence, as it is kept.
 
     ``generation`` is the host's when the sequence was made, ``created`` a UTC time such as 2026-01-31T08:15:00Z. ``spa`` is the
-    one packet that opens in its place where the gate wants such.
+    one packet that opens in its place where the gate wants such, ``gnupg`` one with keys of GnuPG's, where it wants that.
     """
 
     generation: int
@@ -84,18 +90,27 @@ class StoredSequence:
     source: str
     created: str
     spa: Knock | None = None
+    gnupg: GnupgPackets | None = None
 
     def opening(self, mode: str) -> tuple[Knock, ...]:
-        """What opens a gate of this mode; empty where nothing does."""
+        """What opens a gate of this mode, as an operator has it; empty where nothing does."""
+        if mode == GNUPG:
+            return () if self.gnupg is None else (self.gnupg.operator,)
         if mode == SPA:
             return () if self.spa is None else (self.spa,)
         return self.knocks
 
-    def with_spa(self, asked: Knock | None) -> StoredSequence:
+    def at_host(self, mode: str) -> tuple[Knock, ...]:
+        """The same as the host has it."""
+        return (self.gnupg.host,) if mode == GNUPG and self.gnupg is not None else self.opening(mode)
+
+    def with_spa(self, asked: Knock | None, gnupg: bool = False) -> StoredSequence:
         """Return this with a packet that asks for that port, where it has none yet; None asks for none."""
-        if asked is None or self.spa is not None:
+        if asked is None or (self.gnupg if gnupg else self.spa) is not None:
             return self
         # The keys are the keyring's own, whoever gave the sequence: a rotation changes them.
+        if gnupg:
+            return replace(self, gnupg=new_gnupg(asked), source=GENERATED)
         return replace(self, spa=new_spa(asked), source=GENERATED)
 
     def to_mapping(self) -> dict[str, object]:
@@ -103,6 +118,7 @@ class StoredSequence:
             "generation": self.generation,
             "knocks": [str(knock) for knock in self.knocks],
             **({} if self.spa is None else {"spa": str(self.spa)}),
+            **({} if self.gnupg is None else {"gnupg": {side: str(it) for side, it in self.gnupg._asdict().items()}}),
             "source": self.source,
             "created": self.created,
         }
@@ -146,10 +162,10 @@ class Operator:
         """The newest sequence that the gate is to honour."""
         return self.current if self.next is None else self.next
 
-    def with_spa(self, asked: Knock | None) -> Operator:
+    def with_spa(self, asked: Knock | None, gnupg: bool = False) -> Operator:
         """Return this with a packet beside each sequence, as :meth:`StoredSequence.with_spa`."""
-        following = None if self.next is None else self.next.with_spa(asked)
-        return replace(self, current=self.current.with_spa(asked), next=following)
+        following = None if self.next is None else self.next.with_spa(asked, gnupg)
+        return replace(self, current=self.current.with_spa(asked, gnupg), next=following)
 
     @property
     def every_sequence(self) -> Iterator[tuple[Knock, ...]]:
@@ -386,7 +402,7 @@ class HostSecrets:
         return {
             name: Honoured(
                 number=numbers[name],
-                sequences=[stored.opening(self.mode) for stored in self.operators[name].honoured],
+                sequences=[stored.at_host(self.mode) for stored in self.operators[name].honoured],
                 valid_until=_optional_seconds(self.operators[name].valid_until),
                 valid_from=_valid_from(self.operators[name]),
                 one_time=self.operators[name].once,
@@ -746,6 +762,7 @@ def _describe(stored: StoredSequence) -> dict[str, object]:
         "source": stored.source,
         "created": stored.created,
         **({} if stored.spa is None else {"spa": True}),
+        **({} if stored.gnupg is None else {"gnupg": True}),
     }
 
 
@@ -836,7 +853,24 @@ class _Node:
             knock = parse_knock(self.value, "spa", secret=True, protocols=(SPA,))
         except PortknockError:
             raise self.damaged("port/protocol/spa:key:key") from None
+        if uses_gnupg(knock):
+            raise self.damaged("port/protocol/spa:key:key")
         return knock
+
+    def gnupg(self) -> GnupgPackets:
+        sides = self.mapping(("operator", "host"))
+        try:
+            packets = GnupgPackets(
+                **{
+                    side: parse_knock(node.value, "gnupg", secret=True, protocols=(SPA,))
+                    for side, node in sides.items()
+                }
+            )
+        except PortknockError:
+            packets = None
+        if packets is None or not all(map(uses_gnupg, packets)):
+            raise self.damaged("port/protocol/spa:gnupg:keys for either side")
+        return packets
 
     def knocks(self) -> tuple[Knock, ...]:
         try:
@@ -916,13 +950,14 @@ def _read_stock(node: _Node) -> Stock:
 
 
 def _read_sequence(node: _Node) -> StoredSequence:
-    entry = node.mapping(("generation", "knocks", "source", "created"), ("spa",))
+    entry = node.mapping(("generation", "knocks", "source", "created"), ("spa", "gnupg"))
     return StoredSequence(
         generation=entry["generation"].count(1),
         knocks=entry["knocks"].knocks(),
         source=entry["source"].text("|".join(SOURCES), " or ".join(SOURCES)),
         created=entry["created"].time(),
         spa=entry["spa"].spa() if "spa" in entry else None,
+        gnupg=entry["gnupg"].gnupg() if "gnupg" in entry else None,
     )
 
 

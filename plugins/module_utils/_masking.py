@@ -21,6 +21,8 @@ _KEY = re.compile(
     r"^(?P<head>\s*(?:(?:HMAC_)?KEY(?:_BASE64)?|GPG_(?:DECRYPT|SIGNING)_PW)[ \t]+)(?P<key>\S.*)$",
     re.MULTILINE | re.IGNORECASE,
 )
+# As the supervisor's settings have GnuPG's.
+_BLOB = re.compile(r"[A-Za-z0-9+/]{200,}={0,2}")
 # As sets of ipset and rules of iptables have them.
 _MEMBERS = re.compile(r"(?:^add fpk@-(?:tcp|udp|trip) [0-9]+\n)+", re.MULTILINE)
 _RULE = re.compile(
@@ -64,6 +66,11 @@ def masked(before: str, after: str) -> tuple[str, str]:
         other = "another " if keys and match.group("key") not in keys else ""
         return f"{match.group('head')}({other}secret)"
 
+    blobs = set(_BLOB.findall(before))
+
+    def hide_blob(match: Match[str]) -> str:
+        return f"({'another ' if before and match.group(0) not in blobs else ''}secret)"
+
     members, rules = set(_MEMBERS.findall(before)), set(_RULE.findall(before))
 
     def hide_members(match: Match[str]) -> str:
@@ -77,6 +84,7 @@ def masked(before: str, after: str) -> tuple[str, str]:
 
     shown = _SET.sub(hide, before), _SET.sub(hide_and_compare, after)
     shown = _hidden(shown[0], hide_members, hide_ports), _hidden(shown[1], hide_members, hide_ports)
+    shown = _BLOB.sub(hide_blob, shown[0]), _BLOB.sub(hide_blob, shown[1])
     first, second = (_NUMBER.sub(hide_number, _KEY.sub(hide_key, _SEQUENCE.sub(hide_sequence, text))) for text in shown)
     return first, second
 

@@ -28,7 +28,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     check_not_all_revoked,
     check_operators,
 )
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import KNOCK_PROTOCOLS, SEQUENCE, SPA, Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import GNUPG, KNOCK_PROTOCOLS, SEQUENCE, SPA, Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import (
     DEFAULT_LENGTH,
     SEED_BYTES,
@@ -122,6 +122,7 @@ def plan_secrets(
     close_sequence: bool = False,
     is_bare: bool = False,
     spa: Knock | None = None,
+    gnupg: bool = False,
     random: Random | None = None,
 ) -> Plan:
     """Say what a host's entry is to become, so that every operator has a sequence; nothing is written.
@@ -140,7 +141,8 @@ def plan_secrets(
     * An entry that was marked removed is live again.
     * Packages are noted, and so is a gate that is to be a single-use one; neither changes secrets, so the generation stays.
       That it is one no more is noted by :meth:`HostSecrets.promoted`: until then clients have to reckon with it.
-    * With ``spa``, a protected port, the gate is opened by one packet that asks for it: each sequence has keys beside it.
+    * With ``spa``, a protected port, the gate is opened by one packet that asks for it: each sequence has keys beside it, which
+      are GnuPG's with ``gnupg``.
     * ``valid_until`` gives each operator that it names a time, and takes those of others away; None leaves them as they are.
 
     :param now: the time, for what is created, such as 2026-01-31T08:15:00Z.
@@ -197,8 +199,8 @@ def plan_secrets(
                     f"{len(entry.wanted.knocks)} knocks; {length} take effect when it is rotated."
                 )
     # Whoever was revoked gets new ones, or none.
-    planned = {name: entry if entry.revoked else entry.with_spa(spa) for name, entry in planned.items()}
-    mode = SEQUENCE if spa is None else SPA
+    planned = {name: entry if entry.revoked else entry.with_spa(spa, gnupg) for name, entry in planned.items()}
+    mode = SEQUENCE if spa is None else GNUPG if gnupg else SPA
     if valid_until is not None:
         planned = {name: replace(entry, valid_until=valid_until.get(name)) for name, entry in planned.items()}
         warnings += [

@@ -21,13 +21,19 @@ KNOCK_PROTOCOLS = (*PROTOCOLS, "icmp")
 SPA = "spa"
 # What a gate is opened with: ports in their order, or one packet with a one-time token.
 SEQUENCE = "sequence"
-MODES = (SEQUENCE, SPA)
+# The same with keys of GnuPG's.
+GNUPG = "gnupg"
+MODES = (SEQUENCE, SPA, GNUPG)
 SENT_PROTOCOLS = (*KNOCK_PROTOCOLS, SPA)
 HIGHEST_PORT = 65535
 # Bytes of payload: what the 16 bits of an IPv4 packet's length leave beside its own header and that of the echo request.
 LONGEST_PAYLOAD = 65535 - 20 - 8
+_BASE64 = r"[A-Za-z0-9+/]"
+_KEYS = rf"{_BASE64}{{43}}=:{_BASE64}{{86}}=="
+_GNUPG_KEY = rf"[0-9A-F]{{40}}:{_BASE64}{{400,8000}}={{0,2}}"
+_GNUPG_KEYS = rf"{GNUPG}:{_BASE64}{{86}}==:{_GNUPG_KEY}:{_GNUPG_KEY}"
 _KNOCK = re.compile(
-    rf"([0-9]{{1,5}})/([a-z]+)(?:/{SPA}:([A-Za-z0-9+/]{{43}}=:[A-Za-z0-9+/]{{86}}==(?:@[0-9]{{1,3}}(?:\.[0-9]{{1,3}}){{3}})?))?",
+    rf"([0-9]{{1,5}})/([a-z]+)(?:/{SPA}:((?:{_KEYS}|{_GNUPG_KEYS})(?:@[0-9]{{1,3}}(?:\.[0-9]{{1,3}}){{3}})?))?",
     re.ASCII,
 )
 
@@ -35,7 +41,8 @@ _KNOCK = re.compile(
 class Knock(NamedTuple):
     """One port of one protocol: a knock, or a port to protect. For icmp ``port`` is the payload's length.
 
-    With ``spa``, which is secret, it is one packet that asks for that port: the two keys, and the address that it asks for.
+    With ``spa``, which is secret, it is one packet that asks for that port: the two keys (or GnuPG's: the HMAC's, one's own and
+    the other side's), and the address that it asks for.
     """
 
     port: int
@@ -118,6 +125,7 @@ def parse_sequences(value: object, option: str, protocols: Sequence[str] = PROTO
 
 
 __all__ = (
+    "GNUPG",
     "HIGHEST_PORT",
     "KNOCK_PROTOCOLS",
     "LONGEST_PAYLOAD",

@@ -28,9 +28,10 @@ from ansible_collections.fleet.portknock.plugins.module_utils._knocking import (
     resolve,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    GNUPG,
     HIGHEST_PORT,
     SENT_PROTOCOLS,
-    SPA,
+    SEQUENCE,
     Knock,
     parse_knocks,
 )
@@ -116,8 +117,9 @@ def _scout(request: Mapping[str, Any]) -> dict[str, Any]:
     :raises PortknockError: no address leads from here to the host, or nothing here could open the gate.
     """
     place, port = request["place"], request["port"]
-    if request.get("mode") == SPA:
-        check_client(place)
+    mode = request.get("mode", SEQUENCE)
+    if mode != SEQUENCE:
+        check_client(place, gnupg=mode == GNUPG)
     named = [Address.unpacked(item) for item in request["addresses"]] or resolve(
         request["host"], port, request["family"]
     )

@@ -28,7 +28,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     seconds_since_1970,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._planning import NewSequences
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import SEQUENCE, SPA, Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import GNUPG, SEQUENCE, SPA, Knock
 from ansible_collections.fleet.portknock.plugins.module_utils._sequences import DEFAULT_LENGTH
 from ansible_collections.fleet.portknock.plugins.module_utils._stock import draw
 
@@ -102,6 +102,7 @@ def begin(
     nmap_ports: AbstractSet[int] = frozenset(),
     in_use: AbstractSet[int] = frozenset(),
     spa: Knock | None = None,
+    gnupg: bool = False,
     random: Random | None = None,
 ) -> Step:
     """Give each operator a new sequence beside the one that they have, for the gate to honour both; likewise to close.
@@ -111,9 +112,10 @@ def begin(
     :param rotation: its id: a run that goes on where another was stopped has that one's.
     :param state: what the host's gate says of itself.
     :param spa: the port for which the one packet asks that opens the gate; None where a sequence does.
+    :param gnupg: its keys are GnuPG's.
     :raises PortknockError: the keyring's secrets are not what the gate is opened with.
     """
-    entry.check_mode(SEQUENCE if spa is None else SPA)
+    entry.check_mode(SEQUENCE if spa is None else GNUPG if gnupg else SPA)
     generation = max(entry.generation, 0 if state is None else state.generation) + 1
     new = NewSequences(
         generation,
@@ -135,7 +137,7 @@ def begin(
         if operator.close:
             operator = replace(operator, close=(new.make(), operator.close[0]))
         if operator.one_time is None or not operator.one_time.wanted:
-            operators[name] = replace(operator, next=new.make().with_spa(spa), both=True, both_since=None)
+            operators[name] = replace(operator, next=new.make().with_spa(spa, gnupg), both=True, both_since=None)
             continue
         operators[name] = operator
         begun = {knocks[0] for kept in operators.values() for knocks in kept.every_sequence}

@@ -15,10 +15,15 @@ import os
 import secrets
 import shutil
 import tempfile
-from typing import Iterator, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
+from ansible_collections.fleet.portknock.plugins.module_utils._gnupg import (
+    check_programs,
+    home_with,
+    new_pairs,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._ports import GNUPG, Knock
 
 PROGRAM = "fwknop"
 # Where a gate waits for packets: fwknop's own default.
@@ -35,6 +40,51 @@ def new_spa(asked: Knock) -> Knock:
     """Return a packet with new keys that asks for this port."""
     keys = (base64.b64encode(secrets.token_bytes(size)).decode() for size in (_KEY_BYTES, _HMAC_KEY_BYTES))
     return Knock(asked.port, asked.proto, ":".join(keys))
+
+
+class GnupgKeys(NamedTuple):
+    """What one side has where packets are signed and encrypted by GnuPG: its own key and the other side's public one, each in
+    base64 behind its fingerprint."""
+
+    hmac_key: str
+    own_fingerprint: str
+    own: str
+    peer_fingerprint: str
+    peer: str
+
+
+class GnupgPackets(NamedTuple):
+    """The same packet as its two sides have it: neither has the other's private key."""
+
+    operator: Knock
+    host: Knock
+
+
+def new_gnupg(asked: Knock) -> GnupgPackets:
+    """Return a packet with new keys of GnuPG that asks for this port.
+
+    :raises PortknockError: there is no GnuPG on this machine, or it makes none.
+    """
+    host, operator = new_pairs()
+    hmac_key = base64.b64encode(secrets.token_bytes(_HMAC_KEY_BYTES)).decode()
+
+    def with_keys(own: Sequence[str], peer: Sequence[str]) -> Knock:
+        return Knock(asked.port, asked.proto, ":".join((GNUPG, hmac_key, *own, *peer)))
+
+    return GnupgPackets(
+        with_keys((operator.fingerprint, operator.private), (host.fingerprint, host.public)),
+        with_keys((host.fingerprint, host.private), (operator.fingerprint, operator.public)),
+    )
+
+
+def uses_gnupg(knock: Knock) -> bool:
+    """Whether it is a packet that GnuPG signs and encrypts."""
+    return knock.spa.startswith(f"{GNUPG}:")
+
+
+def gnupg_keys_of(knock: Knock) -> GnupgKeys:
+    """Return what one side has of such a packet."""
+    return GnupgKeys(*knock.spa.partition("@")[0].split(":")[1:])
 
 
 def keys_of(knock: Knock) -> tuple[str, str]:
@@ -68,25 +118,28 @@ def check_source(value: object, option: str) -> str:
         raise PortknockError(f"{option}: expected an IPv4 address such as 192.0.2.7; got {value!r}.") from None
 
 
-def check_client(place: str = "") -> None:
+def check_client(place: str = "", gnupg: bool = False) -> None:
     """Refuse a machine that can't send such packets.
 
     :param place: how it is called in the error; empty for this one.
-    :raises PortknockError: the program isn't there.
+    :param gnupg: those that GnuPG signs and encrypts.
+    :raises PortknockError: a program isn't there.
     """
     if shutil.which(PROGRAM) is None:
         raise PortknockError(
             f"expected the program `{PROGRAM}` on {place or 'this machine'}, which sends what opens the gate (Debian's package "
             "fwknop-client); it is not installed there."
         )
+    if gnupg:
+        check_programs(place)
 
 
-def client_stanza(name: str, host: str, knock: Knock, source: str = "") -> str:
+def client_stanza(name: str, host: str, knock: Knock, source: str = "", home: str = "") -> str:
     """Return a stanza for ``.fwknoprc``, which holds secrets.
 
+    :param home: GnuPG's folder with the keys, for a packet that it signs and encrypts.
     :param source: the address to ask for; empty where the packet's own or the program's ``-a`` says it.
     """
-    key, hmac_key = keys_of(knock)
     allowed = knock.spa.partition("@")[2] or source
     lines = [
         f"[{name}]",
@@ -97,12 +150,27 @@ def client_stanza(name: str, host: str, knock: Knock, source: str = "") -> str:
         *([f"ALLOW_IP {allowed}"] if allowed else []),
         # Whoever sends it is nobody's business; without it, it looks for a name that a container may not have.
         "SPOOF_USER portknock",
-        f"KEY_BASE64 {key}",
+        *_stanza_keys(knock, home),
         "USE_HMAC Y",
         "HMAC_DIGEST_TYPE sha256",
-        f"HMAC_KEY_BASE64 {hmac_key}",
     ]
     return "\n".join((*lines, ""))
+
+
+def _stanza_keys(knock: Knock, home: str) -> list[str]:
+    if not uses_gnupg(knock):
+        key, hmac_key = keys_of(knock)
+        return [f"KEY_BASE64 {key}", f"HMAC_KEY_BASE64 {hmac_key}"]
+    keys = gnupg_keys_of(knock)
+    return [
+        "USE_GPG Y",
+        f"GPG_HOMEDIR {home}",
+        f"GPG_EXE {shutil.which('gpg') or '/usr/bin/gpg'}",
+        f"GPG_SIGNER {keys.own_fingerprint}",
+        f"GPG_RECIPIENT {keys.peer_fingerprint}",
+        "GPG_NO_SIGNING_PW Y",
+        f"HMAC_KEY_BASE64 {keys.hmac_key}",
+    ]
 
 
 def send_spa(host: str, knock: Knock, source: str) -> None:
@@ -112,10 +180,20 @@ def send_spa(host: str, knock: Knock, source: str) -> None:
     :param source: the address to ask for, unless the packet itself says which.
     :raises PortknockError: the program isn't there, or does not send it; no secret is in the text.
     """
+    if not uses_gnupg(knock):
+        _send(host, client_stanza(_STANZA, host, knock, source))
+        return
+    check_client(gnupg=True)
+    keys = gnupg_keys_of(knock)
+    with home_with(keys.own, keys.peer) as home:
+        _send(host, client_stanza(_STANZA, host, knock, source, home))
+
+
+def _send(host: str, stanza: str) -> None:
     # Only where it is needed: people's ssh waits for each module.
     import subprocess
 
-    with _private_file(client_stanza(_STANZA, host, knock, source)) as (path, passed):
+    with _private_file(stanza) as (path, passed):
         # Nothing of the user's own: no other stanza, and no note of these arguments.
         command = [PROGRAM, "--rc-file", path, "--named-config", _STANZA, "--no-save-args"]
         try:
@@ -160,11 +238,16 @@ def _private_file(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 __all__ = (
     "PORT",
     "PROGRAM",
+    "GnupgKeys",
+    "GnupgPackets",
     "asking_for",
     "check_client",
     "check_source",
     "client_stanza",
+    "gnupg_keys_of",
     "keys_of",
+    "new_gnupg",
     "new_spa",
     "send_spa",
+    "uses_gnupg",
 )

@@ -133,6 +133,11 @@ options:
         With the name V(fwknop), which is opened by one packet, each operator has keys for that beside the sequence.
     type: dict
     default: {}
+  spa_keys:
+    description:
+      - Of what kind these keys are, V(symmetric) or V(gnupg); the latter are made by GnuPG on the controller.
+    type: str
+    default: symmetric
   readmit:
     description:
       - With O(state=present), names among O(operators) who were revoked and may knock again, each with a new sequence.

@@ -42,7 +42,7 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     utc_now,
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
-from ansible_collections.fleet.portknock.plugins.module_utils._spa import client_stanza
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import client_stanza, uses_gnupg
 from ansible_collections.fleet.portknock.plugins.module_utils._system import write_bytes
 from ansible_collections.fleet.portknock.plugins.plugin_utils._keyring import keyring_options, open_keyring
 from ansible_collections.fleet.portknock.plugins.plugin_utils._program import helper_program
@@ -157,7 +157,8 @@ def _fwknoprc(secrets: HelperSecrets) -> dict[str, bytes]:
     stanzas = [
         client_stanza(name, access.hostname, access.sequences[0][0])
         for name, access in secrets.hosts.items()
-        if access.sequences and access.sequences[0][0].spa
+        # With keys of GnuPG's it needs a folder of theirs, which the helper makes for each packet.
+        if access.sequences and access.sequences[0][0].spa and not uses_gnupg(access.sequences[0][0])
     ]
     return {FWKNOPRC: "\n".join(stanzas).encode()} if stanzas else {}
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_seen
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import BACK_ENDS, check_seen, mode_of
 from ansible_collections.fleet.portknock.plugins.module_utils._gate import USUAL_PROBE, GateSettings, build_model
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
     HostSecrets,
@@ -18,7 +18,8 @@ from ansible_collections.fleet.portknock.plugins.module_utils._keyring import (
 )
 from ansible_collections.fleet.portknock.plugins.module_utils._planning import plan_secrets
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
-    SPA,
+    GNUPG,
+    SEQUENCE,
     Knock,
     parse_knocks,
 )
@@ -67,6 +68,7 @@ def with_throwaway_secrets(
 ) -> HostSecrets:
     """The entry as a check needs it: with secrets for whoever has none yet, which are written nowhere."""
     in_use = parse_knocks(found["ports_in_use"], "ports_in_use")
+    mode = mode_of(backend, settings.spa_keys)
     known = entry.operators.values() if entry else ()
     has_echo = any(knock.proto == "icmp" for one in known for knocks in one.every_sequence for knock in knocks)
     return plan_secrets(
@@ -84,7 +86,8 @@ def with_throwaway_secrets(
         close_sequence=settings.close_sequence,
         state=read_host_state(found["gate"]) if settings.one_time else None,
         is_bare=found["gate"]["present"] is False,
-        spa=_any_port(settings) if BACK_ENDS[backend].mode == SPA else None,
+        spa=_any_port(settings) if mode != SEQUENCE else None,
+        gnupg=mode == GNUPG,
     ).secrets
 
 

@@ -18,6 +18,7 @@ _MODULES = (
     "_arrival",
     "_client",
     "_errors",
+    "_gnupg",
     "_helper",
     "_helper_secrets",
     "_jump",

@@ -13,6 +13,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,9 +23,19 @@ from pathlib import Path
 import pytest
 from ansible_collections.fleet.portknock.plugins.module_utils._backend_fwknop import Fwknop
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
+from ansible_collections.fleet.portknock.plugins.module_utils._gnupg import home_with
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import Address, knock_until_open, send
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import Knock
-from ansible_collections.fleet.portknock.plugins.module_utils._spa import PORT, asking_for, keys_of, new_spa
+from ansible_collections.fleet.portknock.plugins.module_utils._spa import (
+    PORT,
+    GnupgPackets,
+    asking_for,
+    client_stanza,
+    gnupg_keys_of,
+    keys_of,
+    new_gnupg,
+    new_spa,
+)
 from netlab import CLIENT4, CLIENT6, HOST4, HOST6, SSH, Lab, wait_for
 from openlab import SECONDS, Opener, is_open_soon
 
@@ -36,6 +48,9 @@ pytestmark = pytest.mark.skipif(
 class Host(Opener):
     """The host, with what a packet does."""
 
+    # What the start is tried with.
+    known = ALICE
+
     def __init__(self, lab: Lab, folder: Path) -> None:
         super().__init__(lab, folder, "fwknop")
 
@@ -45,7 +60,7 @@ class Host(Opener):
 
     def hears(self) -> bool:
         """Whether a packet opens: from an address that nothing else uses."""
-        return self.opens(ALICE, f"192.0.2.{200 + os.getpid() % 50}", 0.3)
+        return self.opens(self.known, f"192.0.2.{200 + os.getpid() % 50}", 0.3)
 
     def opens(self, spa: Knock, source: str, seconds: float = SECONDS) -> bool:
         """Send packets until the source may enter."""
@@ -328,3 +343,151 @@ def test_settings_are_read_by_fwknopd_first(host: Host) -> None:
         with pytest.raises(PortknockError, match=r"expected settings that fwknopd accepts") as failure:
             back_end.check({**texts, **rules, name: texts[name] + f"\n{wrong}\n"})
         assert not any(key in str(failure.value) for key in keys_of(ALICE))
+
+
+@pytest.fixture(scope="module")
+def signed() -> Mapping[str, GnupgPackets]:
+    """Keys of GnuPG's for two operators."""
+    return {name: new_gnupg(Knock(22, "tcp")) for name in ("alice", "bob")}
+
+
+@pytest.fixture
+def gnupg_host(host: Host, signed: Mapping[str, GnupgPackets]) -> Host:
+    """The host, with these instead."""
+    host.known = signed["alice"].operator
+    host.gate(sequences={name: [(packets.host,)] for name, packets in signed.items()})
+    return host
+
+
+def agents(folder: str) -> list[int]:
+    """The agents of GnuPG's, and what asks servers of keys for it, that work for a folder, or for one in it."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            command = (entry / "cmdline").read_bytes()
+            if command.startswith((b"gpg-agent\0", b"dirmngr\0")) and folder.encode() in command:
+                found.append(int(entry.name))
+    return found
+
+
+def without_signature(host: Host, packet: Knock, source: str) -> None:
+    """Send a packet with everything right, but signed by nobody."""
+    keys = gnupg_keys_of(packet)
+    with home_with(keys.own, keys.peer) as home:
+        stanza = client_stanza("p", HOST4, packet, source, home)
+        (host.folder / "rc").write_text("".join(f"{line}\n" for line in stanza.splitlines() if "SIGNER" not in line))
+        (host.folder / "rc").chmod(0o600)
+        with host.lab.client.inside():
+            subprocess.run(
+                ["fwknop", "--rc-file", str(host.folder / "rc"), "-n", "p", "--no-save-args"],
+                check=True,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+            )
+
+
+def test_gnupg_opens_for_the_operator_who_signs(lab: Lab, gnupg_host: Host, signed: Mapping[str, GnupgPackets]) -> None:
+    """Also after the daemon was killed; and what was used opens nothing again."""
+    gnupg_host.start()
+    source, stranger, third = lab.source(), lab.source(), lab.source()
+    payload = caught(gnupg_host, signed["bob"].operator, source)
+    wait_for(lambda: lab.look(source) == "open", SECONDS, "an open port")
+    assert lab.look(stranger) == "reset"
+    # Bob is number 2.
+    assert any(f'"{source}"' in element and '"2:2"' in element for element in lab.elements("opened4"))
+    daemon = gnupg_host.daemon()
+    assert daemon is not None
+    os.kill(daemon, signal.SIGKILL)
+    assert gnupg_host.opens(signed["alice"].operator, lab.source())
+    gnupg_host.close()
+    say(gnupg_host, payload, source)
+    assert gnupg_host.opens(signed["alice"].operator, third)
+    assert lab.look(source) == "reset"
+
+
+def test_what_gnupg_does_not_open(lab: Lab, gnupg_host: Host, signed: Mapping[str, GnupgPackets]) -> None:
+    """Somebody else's signature, another HMAC, none, another port, and a symmetric key."""
+    gnupg_host.start()
+    alice, bob = (gnupg_keys_of(signed[name].operator) for name in ("alice", "bob"))
+
+    def with_keys(hmac_key: str, *keys: str) -> Knock:
+        return Knock(22, "tcp", ":".join(("gnupg", hmac_key, *keys)))
+
+    # The host has Bob's key, too, so that this packet is one of somebody whom it knows.
+    others = with_keys(alice.hmac_key, bob.own_fingerprint, bob.own, alice.peer_fingerprint, alice.peer)
+    wrong_hmac = with_keys(ALICE.spa.split(":")[1], *alice[1:])
+    for packet in (others, wrong_hmac, signed["alice"].operator._replace(port=80), ALICE):
+        source, after = lab.source(), lab.source()
+        gnupg_host.ask(packet, source)
+        assert gnupg_host.opens(signed["alice"].operator, after)
+        assert lab.look(source) == lab.look(source, 80) == "reset"
+    source, after = lab.source(), lab.source()
+    without_signature(gnupg_host, signed["alice"].operator, source)
+    assert gnupg_host.opens(signed["alice"].operator, after)
+    assert lab.look(source) == "reset"
+
+
+def test_gnupg_leaves_nothing_to_be_seen(
+    lab: Lab,
+    gnupg_host: Host,
+    signed: Mapping[str, GnupgPackets],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No key in an argument, an environment or a log, no folder that others can read, and no agent that stays."""
+    programs, seen = tmp_path / "bin", tmp_path / "seen"
+    programs.mkdir()
+    for name in ("fwknop", "gpg", "gpgconf"):
+        (programs / name).write_text(
+            f'#!/bin/sh\nprintf "%s\\n" "$0" "$@" >>{seen}\nenv >>{seen}\nexec {shutil.which(name)} "$@"\n'
+        )
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    # A socket's path has to be short.
+    memory = Path(tempfile.mkdtemp(prefix="memory-"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(memory))
+    gnupg_host.start()
+    daemon = gnupg_host.daemon()
+    assert daemon is not None
+    assert gnupg_host.opens(signed["bob"].operator, lab.source())
+    texts = {
+        "arguments and environment of the client": seen.read_text(),
+        "arguments of the daemon": Path(f"/proc/{daemon}/cmdline").read_text(),
+        "environment of the daemon": Path(f"/proc/{daemon}/environ").read_text(),
+        "what the supervisor says": gnupg_host.log.read_text(),
+        "what the daemon keeps": (gnupg_host.state / "fwknop.replays").read_text(),
+        "the gate": lab.text,
+    }
+    keys = [gnupg_keys_of(packet) for packets in signed.values() for packet in packets]
+    secrets = [part for one in keys for part in (one.hmac_key, one.own[:80], one.own[200:280])]
+    assert "--import" in texts["arguments and environment of the client"]
+    assert [where for where, text in texts.items() if any(secret in text for secret in secrets)] == []
+    # Of the client nothing is left.
+    assert not list((tmp_path / "home").iterdir())
+    assert agents(str(memory)) == []
+    # Fails where anything is in it.
+    memory.rmdir()
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    folder = Path(f"/run/fleet-portknock/opener-{gnupg_host.pid}")
+    home = folder / "0" / "gnupg"
+    assert [path for path in (folder, home.parent, home) if path.stat().st_mode & 0o077] == []
+    # What the host has not: a private key of an operator's.
+    grips = {path.name for path in (home / "private-keys-v1.d").iterdir()}
+    assert len(grips) == len(signed)
+    assert len(agents(str(home))) == 1
+    gnupg_host.stop()
+    assert agents(str(folder)) == []
+    assert not folder.exists()
+    # Where it can't clean up, the next one does.
+    gnupg_host.start()
+    former = f"/run/fleet-portknock/opener-{gnupg_host.pid}"
+    assert agents(former)
+    gnupg_host.stop(signal.SIGKILL)
+    gnupg_host.start()
+    wait_for(lambda: not agents(former), SECONDS, "the end of the agent")
+
+
+def test_settings_with_keys_of_gnupg_are_read_by_fwknopd_first(gnupg_host: Host) -> None:
+    test_settings_are_read_by_fwknopd_first(gnupg_host)

@@ -91,9 +91,11 @@ def test_where_a_daemon_is_to_listen(opener: ModuleType) -> None:
 
 def test_settings(opener: ModuleType) -> None:
     text = json.dumps({"argv": ["/bin/d", "-i", "{interface}"], "expand": ["a.conf"], "memory": 5, "one_time": "b"})
-    assert opener.read_settings(text) == (["/bin/d", "-i", "{interface}"], ["a.conf"], 5, "b", False, "")
-    assert opener.read_settings('{"argv": ["d"]}') == (["d"], [], 0, "", False, "")
-    assert opener.read_settings('{"argv": ["d"], "everywhere": true, "state": "/s"}')[4:] == (True, "/s")
+    assert opener.read_settings(text) == (["/bin/d", "-i", "{interface}"], ["a.conf"], 5, "b", False, "", [], [])
+    assert opener.read_settings('{"argv": ["d"]}') == (["d"], [], 0, "", False, "", [], [])
+    assert opener.read_settings('{"argv": ["d"], "everywhere": true, "state": "/s"}')[4:6] == (True, "/s")
+    keys = opener.read_settings('{"argv": ["d"], "gnupg": {"keys": ["QQ=="], "trusted": ["F0"]}}')
+    assert keys[6:] == (["QQ=="], ["F0"])
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,8 @@ def test_settings(opener: ModuleType) -> None:
         '{"argv": [1]}',
         '{"argv": ["a"], "memory": "x"}',
         '{"argv": ["a"], "everywhere": 1}',
+        '{"argv": ["a"], "gnupg": {"keys": [1]}}',
+        '{"argv": ["a"], "gnupg": []}',
     ],
 )
 def test_settings_that_say_nothing(opener: ModuleType, text: str) -> None:

@@ -14,6 +14,7 @@ which knows what has been used, tells when others are armed.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import errno
@@ -47,6 +48,7 @@ STOP_SECONDS = 1.0
 # How long the kernel may take to answer; it does so at once.
 ANSWER_SECONDS = 5.0
 PROGRAM_SECONDS = 30
+GNUPG_SECONDS = 15
 # How often, at most, to ask which one-time sequences are armed, and how many of an operator's to wait for: twice as many as
 # are armed at a time, so that the daemon need not be started anew after each.
 ARMED_SECONDS = 0.2
@@ -101,6 +103,8 @@ class Settings(NamedTuple):
     which only root can read and which goes with the daemon. ``memory`` bounds its address space, in bytes; 0 does not.
     ``one_time`` is the one of these files that has one-time sequences, see :func:`selected`; empty for none.
     ``everywhere`` is one that listens on all interfaces at once, and ``state`` a folder that has to be there for it.
+    ``keys`` are GnuPG's, in base64, for a folder ``gnupg`` among the copies, and ``trusted`` the fingerprints of those whose
+    signatures count.
     """
 
     argv: Sequence[str]
@@ -109,6 +113,8 @@ class Settings(NamedTuple):
     one_time: str
     everywhere: bool = False
     state: str = ""
+    keys: Sequence[str] = ()
+    trusted: Sequence[str] = ()
 
 
 class Link(NamedTuple):
@@ -150,8 +156,10 @@ def read_settings(text: str) -> Settings:
             found.get("one_time", ""),
             found.get("everywhere", False),
             found.get("state", ""),
+            found.get("gnupg", {}).get("keys", []),
+            found.get("gnupg", {}).get("trusted", []),
         )
-        names = [*settings.argv, *settings.expand, settings.one_time]
+        names = [*settings.argv, *settings.expand, settings.one_time, *settings.keys, *settings.trusted]
         if (
             not settings.argv
             or not all(isinstance(name, str) for name in names)
@@ -362,6 +370,11 @@ class Daemon:
     def stop(self) -> None:
         """End it, and take its files away."""
         self._end()
+        if self._settings.keys:
+            # Its agent would notice that the folder is gone, a while later.
+            for command in (["--kill", "all"], ["--remove-socketdir"]):
+                with contextlib.suppress(OSError, subprocess.SubprocessError):
+                    _run_gnupg(["gpgconf", "--homedir", self._home, *command], b"")
         shutil.rmtree(self._run, ignore_errors=True)
 
     def _end(self) -> None:
@@ -380,6 +393,8 @@ class Daemon:
         try:
             for file in self._settings.expand:
                 self._copy(file)
+            if self._settings.keys and not os.path.isdir(self._home):
+                self._make_home()
             self._process = subprocess.Popen(
                 [expanded(word, self._folder, name, self._run) for word in self._settings.argv],
                 stdin=subprocess.DEVNULL,
@@ -416,6 +431,27 @@ class Daemon:
         with open(os.open(os.path.join(self._run, file), flags, 0o600), "w", encoding="utf-8") as stream:
             stream.write(text)
 
+    @property
+    def _home(self) -> str:
+        return f"{self._run}/gnupg"
+
+    def _make_home(self) -> None:
+        """Make GnuPG's folder: the keys, and whose signatures count. What it adds there, goes with it."""
+        os.makedirs(self._home, 0o700)
+        try:
+            with open(os.path.join(self._home, "gpg.conf"), "w", encoding="ascii") as stream:
+                # Nothing is to be looked up anywhere.
+                stream.write("disable-dirmngr\n")
+                # The older versions take no whole fingerprint. fwknopd compares that itself.
+                stream.writelines(f"trusted-key {fingerprint[-16:]}\n" for fingerprint in self._settings.trusted)
+            _run_gnupg(
+                ["gpg", "--homedir", self._home, "--batch", "--no-tty", "--quiet", "--import"],
+                b"".join(map(base64.b64decode, self._settings.keys)),
+            )
+        except BaseException:
+            shutil.rmtree(self._home, ignore_errors=True)
+            raise
+
     def _failed(self, now: float, priority: int, sentence: str) -> None:
         """Say so, and have it started again after a while."""
         has_lived = now - self._began >= LIVES_SECONDS
@@ -427,6 +463,19 @@ class Daemon:
         if has_lived or sentence != self._told:
             _say(priority, sentence)
         self._told = sentence
+
+
+def _run_gnupg(command: Sequence[str], given: bytes) -> None:
+    subprocess.run(
+        command,
+        input=given,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=True,
+        timeout=GNUPG_SECONDS,
+        cwd="/",
+        env={"PATH": SEARCH_PATH, "LC_ALL": "C"},
+    )
 
 
 def _end_of(process: subprocess.Popen[bytes]) -> Optional[str]:

@@ -7,19 +7,28 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ansible_collections.fleet.portknock.plugins.module_utils._backends import mode_of
 from ansible_collections.fleet.portknock.plugins.module_utils._card import CardHost, card_files
 from ansible_collections.fleet.portknock.plugins.module_utils._errors import PortknockError
-from ansible_collections.fleet.portknock.plugins.module_utils._gate import build_model, guard_warnings, settings_from
+from ansible_collections.fleet.portknock.plugins.module_utils._gate import (
+    SPA_KEYS,
+    build_model,
+    guard_warnings,
+    settings_from,
+)
+from ansible_collections.fleet.portknock.plugins.module_utils._jump import _sources
 from ansible_collections.fleet.portknock.plugins.module_utils._keyring import HostSecrets, HostState
 from ansible_collections.fleet.portknock.plugins.module_utils._knocking import Address, knock_until_open, send
 from ansible_collections.fleet.portknock.plugins.module_utils._masking import masked
 from ansible_collections.fleet.portknock.plugins.module_utils._planning import plan_secrets
 from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
+    GNUPG,
     KNOCK_PROTOCOLS,
     SENT_PROTOCOLS,
     SEQUENCE,
@@ -30,10 +39,13 @@ from ansible_collections.fleet.portknock.plugins.module_utils._ports import (
 from ansible_collections.fleet.portknock.plugins.module_utils._proof import answer
 from ansible_collections.fleet.portknock.plugins.module_utils._rotation import RETIRED, begin, finish
 from ansible_collections.fleet.portknock.plugins.module_utils._spa import (
+    GnupgPackets,
     asking_for,
     check_source,
     client_stanza,
+    gnupg_keys_of,
     keys_of,
+    new_gnupg,
     new_spa,
     send_spa,
 )
@@ -51,7 +63,11 @@ def planned(existing: HostSecrets | None = None, spa: Knock | None = SSH, **opti
 
 def opened_by(secrets: HostSecrets, operator: str | None = None) -> list[str]:
     """What a client tries, in short."""
-    return [SPA if knocks[0].spa else SEQUENCE for _operator, knocks in secrets.candidates(operator)]
+    kinds = {True: GNUPG, False: SPA}
+    return [
+        kinds[knocks[0].spa.startswith("gnupg:")] if knocks[0].spa else SEQUENCE
+        for _operator, knocks in secrets.candidates(operator)
+    ]
 
 
 def test_new_keys_are_of_the_right_size_and_differ() -> None:
@@ -309,3 +325,165 @@ def test_a_card_has_no_key() -> None:
     card = card_files("alice", [CardHost("web1", "192.0.2.1", 22, [(spa,)])])
     assert b"fwknop --no-save-args --rc-file fwknoprc -n web1 -a 192.0.2.7" in card["card.txt"]
     assert not any(key.encode() in text for key in keys_of(spa) for text in card.values())
+
+
+# The same with keys of GnuPG's.
+
+
+def made_up(asked: Knock) -> GnupgPackets:
+    """What GnuPG would make, as far as it matters here."""
+
+    def key(length: int) -> tuple[str, str]:
+        return os.urandom(20).hex().upper(), base64.b64encode(os.urandom(length)).decode()
+
+    hmac_key = base64.b64encode(os.urandom(64)).decode()
+    (host, host_key), (operator, operator_key) = key(1271), key(1271)
+    public = {host: key(620)[1], operator: key(620)[1]}
+    return GnupgPackets(
+        *(
+            asked._replace(spa=":".join(("gnupg", hmac_key, own, own_key, peer, public[peer])))
+            for own, own_key, peer in ((operator, operator_key, host), (host, host_key, operator))
+        )
+    )
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that take no time to make."""
+    monkeypatch.setattr("ansible_collections.fleet.portknock.plugins.module_utils._keyring.new_gnupg", made_up)
+
+
+def secret_parts(packets: GnupgPackets) -> list[str]:
+    return [part for side in packets for part in (gnupg_keys_of(side).hmac_key, gnupg_keys_of(side).own)]
+
+
+@pytest.mark.skipif(not shutil.which("gpg-agent"), reason="needs GnuPG")
+def test_each_side_has_its_own_private_key_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "none"))
+    packets = new_gnupg(SSH)
+    operator, host = map(gnupg_keys_of, packets)
+    assert operator.hmac_key == host.hmac_key
+    assert (operator.own_fingerprint, host.own_fingerprint) == (host.peer_fingerprint, operator.peer_fingerprint)
+    # OpenPGP: the first byte of a transferable private key (tag 5) and of a public one (tag 6), old format.
+    kinds = [[base64.b64decode(key)[0] >> 2 & 15 for key in (side.own, side.peer)] for side in (operator, host)]
+    assert kinds == [[5, 6], [5, 6]]
+    assert len({operator.own, operator.peer, host.own, host.peer}) == 4
+    for packet in packets:
+        assert parse_knock(str(packet), "x", protocols=SENT_PROTOCOLS) == packet
+        assert parse_knock(str(asking_for([packet], "192.0.2.7")[0]), "x", protocols=SENT_PROTOCOLS)
+        assert gnupg_keys_of(asking_for([packet], "192.0.2.7")[0]) == gnupg_keys_of(packet)
+
+
+@pytest.mark.usefixtures("quick")
+def test_keys_of_gnupg_are_kept_and_nothing_of_them_is_shown() -> None:
+    secrets = planned(gnupg=True)
+    assert HostSecrets.from_mapping(json.loads(json.dumps(secrets.to_mapping())), "web1.yml") == secrets
+    every = [entry.current.gnupg for entry in secrets.operators.values() if entry.current.gnupg]
+    assert len(every) == 2
+    assert not any(part in json.dumps(secrets.describe()) for one in every for part in secret_parts(one))
+    assert planned(secrets, gnupg=True, now=LATER) == secrets
+    for broken in ({"operator": str(every[0].operator)}, {"operator": str(new_spa(SSH)), "host": str(every[0].host)}):
+        mapping = secrets.to_mapping()
+        mapping["operators"]["alice"]["current"]["gnupg"] = broken  # type: ignore[index]
+        with pytest.raises(PortknockError, match=r"web1\.yml: expected .* as gnupg; got something else") as failure:
+            HostSecrets.from_mapping(mapping, "web1.yml")
+        assert not any(part in str(failure.value) for part in secret_parts(every[0]))
+    mapping = secrets.to_mapping()
+    mapping["operators"]["alice"]["current"]["spa"] = str(every[0].operator)  # type: ignore[index]
+    with pytest.raises(PortknockError, match=r"expected port/protocol/spa:key:key as spa"):
+        HostSecrets.from_mapping(mapping, "web1.yml")
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_host_and_the_operators_have_each_their_side() -> None:
+    secrets = planned(gnupg=True)
+    packets = secrets.operators["alice"].current.gnupg
+    assert packets is not None
+    assert secrets.candidates("alice") == [("alice", (packets.operator,))]
+    assert secrets.to_prove(["alice"]) == (packets.operator,)
+    assert secrets.honoured(["alice"])["alice"].sequences == [(packets.host,)]
+    model = build_model(settings_from({}), secrets.honoured(["alice", "bob"]), bytes(32), frozenset(), {}, "fwknop")
+    operator, host = map(gnupg_keys_of, packets)
+    assert isinstance(model["spa"], dict)
+    stanza = model["spa"]["stanzas"][0]
+    assert (stanza["key"], stanza["hmac_key"]) == ("", operator.hmac_key)
+    assert (stanza["recipient"], stanza["signer"]) == (host.own_fingerprint, operator.own_fingerprint)
+    assert model["spa"]["gnupg"]["keys"][:2] == [host.own, host.peer]
+    assert model["spa"]["gnupg"]["trusted"][0] == operator.own_fingerprint
+    assert operator.own not in json.dumps(model)
+    with pytest.raises(PortknockError, match="knock_server_spa_keys: expected symmetric on a host without GnuPG"):
+        build_model(settings_from({}), secrets.honoured(["alice"]), bytes(32), frozenset(), {"gnupg": False}, "fwknop")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_change_of_the_keys_kind_keeps_every_way_in_until_it_is_proved() -> None:
+    former = planned().promoted(NOW)
+    moving = planned(former, gnupg=True)
+    assert opened_by(moving, "alice") == [GNUPG, SPA]
+    assert (moving.mode, moving.generation) == (GNUPG, former.generation + 1)
+    moved = moving.promoted(LATER)
+    assert opened_by(moved, "alice") == [GNUPG]
+    assert moved.fingerprint == moving.fingerprint != former.fingerprint
+    back = planned(moved)
+    assert opened_by(back, "alice") == [SPA, GNUPG]
+    assert back.promoted(LATER).operators["alice"].current.spa == former.operators["alice"].current.spa
+    with pytest.raises(PortknockError, match="knock_server_backend"):
+        begin(moved, ["alice"], rotation="1", now=NOW, spa=SSH)
+
+
+@pytest.mark.usefixtures("quick")
+def test_keys_of_gnupg_rotate_like_sequences() -> None:
+    secrets = planned(gnupg=True).promoted(NOW)
+    begun = begin(secrets, ["alice"], rotation="1", now=NOW, spa=SSH, gnupg=True).secrets
+    alice = begun.operators["alice"]
+    assert alice.next is not None
+    assert alice.next.gnupg is not None
+    assert alice.current.gnupg is not None
+    both = [(alice.next.gnupg.host,), (alice.current.gnupg.host,)]
+    assert begun.honoured(["alice"])["alice"].sequences == both
+    done = finish(begun.promoted(NOW), ["alice"], grace=0, now=LATER).secrets
+    assert done.honoured(["alice"])["alice"].sequences == both[:1]
+
+
+def test_keys_of_gnupg_are_for_one_packet_only() -> None:
+    assert [mode_of("fwknop", kind) for kind in SPA_KEYS] == [SPA, GNUPG]
+    assert mode_of("nftables", "symmetric") == SEQUENCE
+    with pytest.raises(PortknockError, match=r"knock_server_spa_keys: .*\(fwknop\); got gnupg with knockd"):
+        mode_of("knockd", "gnupg")
+    with pytest.raises(PortknockError, match="knock_server_spa_keys: expected one of symmetric, gnupg; got 'pgp'"):
+        settings_from({"spa_keys": "pgp"})
+
+
+def test_a_machine_without_gnupg_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_client(tmp_path, monkeypatch)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    packets = made_up(SSH)
+    with pytest.raises(PortknockError, match=r"knock_server_spa_keys: expected GnuPG on this machine .*gpg-agent"):
+        send(HERE, [packets.operator])
+    with pytest.raises(PortknockError, match="knock_server_spa_keys: expected GnuPG on this machine"):
+        new_gnupg(SSH)
+    request = {"place": "bastion", "host": "192.0.2.1", "port": 22, "family": "any", "addresses": [], "further": []}
+    assert "GnuPG on bastion" in answer("scout", {**request, "mode": GNUPG})["problem"]
+    assert "GnuPG" not in json.dumps(answer("scout", {**request, "mode": SPA}))
+
+
+def test_a_jump_host_is_given_all_that_it_needs() -> None:
+    name = send.__module__
+    assert name.replace("_knocking", "_gnupg") in _sources(name)
+
+
+def test_a_diff_shows_no_key_of_gnupg() -> None:
+    old, new = (gnupg_keys_of(made_up(SSH).host) for _number in range(2))
+    before, after = (f'{{"keys": [\n "{keys.own}",\n "{keys.peer}"]}}\n' for keys in (old, new))
+    assert masked(before, before)[1] == '{"keys": [\n "(secret)",\n "(secret)"]}\n'
+    shown = masked(before, after)
+    assert shown[1] == '{"keys": [\n "(another secret)",\n "(another secret)"]}\n'
+    assert not any(key[:40] in "".join(shown) for keys in (old, new) for key in (keys.own, keys.peer))
+
+
+def test_a_card_sends_people_with_gnupg_to_the_helper() -> None:
+    packet = made_up(SSH).operator
+    card = card_files("alice", [CardHost("web1", "192.0.2.1", 22, [(packet,)])])
+    assert b"GnuPG" in card["card.txt"]
+    assert b"fwknoprc" not in card["card.txt"]
+    assert not any(part[:40].encode() in text for part in packet.spa.split(":")[1:] for text in card.values())

@@ -197,7 +197,13 @@ PROTECTIONS: tuple[Protection, ...] = (
         "daemon killed, then flushed",
         "change",
         Step("after confirm"),
-        (Cut(f"{_TEMPLATES}/fleet-portknock-watch.service.j2", "Restart=always\n", "Restart=no\n"),),
+        (
+            Cut(
+                "roles/knock_server/templates/common/fleet-portknock-watch.service.j2",
+                "Restart=always\n",
+                "Restart=no\n",
+            ),
+        ),
     ),
     Protection(
         "a rotation keeps both",
@@ -207,8 +213,8 @@ PROTECTIONS: tuple[Protection, ...] = (
         (
             Cut(
                 _ROTATION,
-                "replace(operator, next=new.make(), both=True, both_since=None)",
-                "replace(operator, current=new.make())",
+                "replace(operator, next=new.make().with_spa(spa, gnupg), both=True, both_since=None)",
+                "replace(operator, current=new.make().with_spa(spa, gnupg))",
             ),
         ),
     ),
